@@ -1,0 +1,459 @@
+// The one binding file: checks arguments, picks the instruction set, calls the kernels.
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
+
+namespace loraplex {
+namespace {
+
+using tvm::ffi::Array;
+using tvm::ffi::String;
+using tvm::ffi::TensorView;
+
+#define LORAPLEX_TABLE(isa)                                                \
+  {#isa,           &isa::rms_norm,  &isa::rope,        &isa::silu_and_mul, \
+   &isa::write_kv, &isa::attention, &isa::lora_shrink, &isa::lora_expand}
+
+// From the plainest to the best.
+constexpr Kernels kAllKernels[] = {
+    LORAPLEX_TABLE(portable),
+#ifdef LORAPLEX_X86
+    LORAPLEX_TABLE(avx2),
+    LORAPLEX_TABLE(avx512),
+    LORAPLEX_TABLE(avx512bf16),
+#endif
+};
+
+bool machine_has(const std::string& isa) {
+  if (isa == "portable") return true;
+#ifdef LORAPLEX_X86
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512") return avx512;
+  if (isa == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return false;
+}
+
+const Kernels* best_kernels() {
+  const Kernels* best = nullptr;
+  for (const Kernels& kernels : kAllKernels) {
+    if (machine_has(kernels.isa)) best = &kernels;
+  }
+  return best;
+}
+
+// The only state of the library: a property of the machine, which tests may override.
+const Kernels* active = best_kernels();
+
+String get_cpu_isa() { return active->isa; }
+
+Array<String> supported_cpu_isas() {
+  Array<String> names;
+  for (const Kernels& kernels : kAllKernels) {
+    if (machine_has(kernels.isa)) names.push_back(kernels.isa);
+  }
+  return names;
+}
+
+void set_cpu_isa(const String& isa) {
+  std::string allowed;
+  for (const Kernels& kernels : kAllKernels) {
+    if (!machine_has(kernels.isa)) continue;
+    if (isa == kernels.isa) {
+      active = &kernels;
+      return;
+    }
+    allowed += std::string(allowed.empty() ? "" : ", ") + kernels.isa;
+  }
+  TVM_FFI_THROW(ValueError) << "'" << isa
+                            << "' is not an instruction set that this build and machine "
+                            << "have; they have " << allowed;
+}
+
+// ---- argument checks ----
+
+#define LORAPLEX_REQUIRE(condition) \
+  if (!(condition)) TVM_FFI_THROW(ValueError)
+
+constexpr DLDataType kFloat32{kDLFloat, 32, 1};
+constexpr DLDataType kBFloat16{kDLBfloat, 16, 1};
+constexpr DLDataType kInt32{kDLInt, 32, 1};
+constexpr DLDataType kInt64{kDLInt, 64, 1};
+constexpr DLDataType kUint8{kDLUInt, 8, 1};
+constexpr int64_t kAny = -1;
+
+bool same(DLDataType a, DLDataType b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+std::string shape_text(const int64_t* shape, int64_t ndim) {
+  std::string text = "[";
+  for (int64_t i = 0; i < ndim; ++i) {
+    text += (i ? ", " : "") + (shape[i] == kAny ? std::string("*") : std::to_string(shape[i]));
+  }
+  return text + "]";
+}
+
+// One tensor argument, with what its error messages call it.
+struct Argument {
+  const char* function;
+  const char* name;
+  TensorView tensor;
+
+  const Argument& has_type(DLDataType type) const {
+    LORAPLEX_REQUIRE(same(tensor.dtype(), type))
+        << function << ": " << name << " must be of type " << tvm::ffi::DLDataTypeToString(type)
+        << ", got " << tvm::ffi::DLDataTypeToString(tensor.dtype());
+    LORAPLEX_REQUIRE(tensor.device().device_type == kDLCPU)
+        << function << ": " << name << " must be in host memory";
+    return *this;
+  }
+
+  const Argument& has_shape(std::initializer_list<int64_t> shape) const {
+    bool matches = tensor.ndim() == static_cast<int32_t>(shape.size());
+    for (size_t i = 0; matches && i < shape.size(); ++i) {
+      matches = shape.begin()[i] == kAny || shape.begin()[i] == tensor.size(i);
+    }
+    LORAPLEX_REQUIRE(matches) << function << ": " << name << " must have shape "
+                              << shape_text(shape.begin(), shape.size()) << ", got "
+                              << shape_text(tensor.shape().data(), tensor.ndim());
+    return *this;
+  }
+
+  const Argument& has_dense_rows() const {
+    LORAPLEX_REQUIRE(tensor.size(-1) <= 1 || tensor.stride(-1) == 1)
+        << function << ": " << name << " must have stride 1 in its last dimension, got stride "
+        << tensor.stride(-1);
+    return *this;
+  }
+
+  const Argument& is_contiguous() const {
+    LORAPLEX_REQUIRE(tensor.IsContiguous())
+        << function << ": " << name << " must be contiguous, got shape "
+        << shape_text(tensor.shape().data(), tensor.ndim()) << " with strides "
+        << shape_text(tensor.strides().data(), tensor.ndim());
+    return *this;
+  }
+
+  DType float_type() const {
+    const bool is_bfloat16 = same(tensor.dtype(), kBFloat16);
+    LORAPLEX_REQUIRE(is_bfloat16 || same(tensor.dtype(), kFloat32))
+        << function << ": " << name << " must be of type bfloat16 or float32, got "
+        << tvm::ffi::DLDataTypeToString(tensor.dtype());
+    has_type(tensor.dtype());
+    return is_bfloat16 ? DType::kBFloat16 : DType::kFloat32;
+  }
+
+  template <class T>
+  const T* data() const {
+    return static_cast<const T*>(tensor.data_ptr());
+  }
+
+  // The strides of all dimensions but the last.
+  void copy_strides(int64_t* strides) const {
+    for (int32_t i = 0; i + 1 < tensor.ndim(); ++i) strides[i] = tensor.stride(i);
+  }
+};
+
+void check_range(const char* function, const char* name, const int64_t* values, int64_t n,
+                 int64_t end) {
+  for (int64_t i = 0; i < n; ++i) {
+    LORAPLEX_REQUIRE(values[i] >= 0 && values[i] < end)
+        << function << ": " << name << "[" << i << "] is " << values[i] << ", allowed is 0 to "
+        << end - 1;
+  }
+}
+
+// ---- small operations ----
+
+// Shape [tokens, size] or [tokens, heads, size] as strides of tokens and heads.
+void row_strides(const Argument& argument, int64_t* strides) {
+  strides[0] = argument.tensor.stride(0);
+  strides[1] = argument.tensor.ndim() == 3 ? argument.tensor.stride(1) : 0;
+}
+
+RmsNormParams rms_norm_params(const char* function, const Argument& x, const Argument& weight,
+                              double eps) {
+  const int32_t ndim = x.tensor.ndim();
+  LORAPLEX_REQUIRE(ndim == 2 || ndim == 3)
+      << function << ": " << x.name << " must have 2 or 3 dimensions, got " << ndim;
+  RmsNormParams p{};
+  p.dtype = x.has_dense_rows().float_type();
+  p.size = x.tensor.size(-1);
+  weight.has_type(x.tensor.dtype()).has_shape({p.size}).is_contiguous();
+  p.x = x.tensor.data_ptr();
+  p.weight = weight.tensor.data_ptr();
+  p.eps = static_cast<float>(eps);
+  p.num_tokens = x.tensor.size(0);
+  p.num_heads = ndim == 3 ? x.tensor.size(1) : 1;
+  row_strides(x, p.x_strides);
+  return p;
+}
+
+const Argument& like(const Argument& argument, const Argument& x) {
+  argument.has_type(x.tensor.dtype());
+  const bool same_shape =
+      argument.tensor.ndim() == x.tensor.ndim() &&
+      std::equal(x.tensor.shape().begin(), x.tensor.shape().end(), argument.tensor.shape().begin());
+  LORAPLEX_REQUIRE(same_shape) << argument.function << ": " << argument.name
+                               << " must have the shape of " << x.name << ", "
+                               << shape_text(x.tensor.shape().data(), x.tensor.ndim()) << ", got "
+                               << shape_text(argument.tensor.shape().data(),
+                                             argument.tensor.ndim());
+  return argument.has_dense_rows();
+}
+
+void rms_norm(TensorView out, TensorView x, TensorView weight, double eps) {
+  const Argument input{"rms_norm", "x", x}, output{"rms_norm", "out", out};
+  RmsNormParams p = rms_norm_params("rms_norm", input, {"rms_norm", "weight", weight}, eps);
+  p.out = like(output, input).tensor.data_ptr();
+  row_strides(output, p.out_strides);
+  active->rms_norm(p);
+}
+
+void fused_add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps) {
+  const char* function = "fused_add_rms_norm";
+  const Argument input{function, "x", x}, stream{function, "residual", residual};
+  RmsNormParams p = rms_norm_params(function, input, {function, "weight", weight}, eps);
+  p.out = p.x;
+  row_strides(input, p.out_strides);
+  p.residual = like(stream, input).tensor.data_ptr();
+  row_strides(stream, p.residual_strides);
+  active->rms_norm(p);
+}
+
+void apply_rope(TensorView positions, TensorView q, TensorView k, TensorView cos_sin_cache) {
+  const char* function = "apply_rope";
+  const Argument cache{function, "cos_sin_cache", cos_sin_cache};
+  cache.has_type(kFloat32).has_shape({kAny, kAny}).is_contiguous();
+  const Argument position{function, "positions", positions};
+  position.has_type(kInt64).has_shape({kAny}).is_contiguous();
+  RopeParams p{};
+  p.num_tokens = positions.size(0);
+  p.half = cos_sin_cache.size(1) / 2;
+  const Argument tensors[] = {{function, "q", q}, {function, "k", k}};
+  p.dtype = tensors[0].float_type();
+  for (int i = 0; i < 2; ++i) {
+    tensors[i].has_type(q.dtype()).has_shape({p.num_tokens, kAny, kAny}).has_dense_rows();
+    LORAPLEX_REQUIRE(2 * p.half <= tensors[i].tensor.size(2) && cos_sin_cache.size(1) % 2 == 0)
+        << "apply_rope: cos_sin_cache must have an even number of columns, at most the head_dim of "
+        << tensors[i].name << ", " << tensors[i].tensor.size(2) << ", got "
+        << cos_sin_cache.size(1);
+    p.tensors[i] = tensors[i].tensor.data_ptr();
+    p.num_heads[i] = tensors[i].tensor.size(1);
+    tensors[i].copy_strides(p.strides[i]);
+  }
+  p.positions = position.data<int64_t>();
+  p.cos_sin_cache = cache.data<float>();
+  check_range(function, "positions", p.positions, p.num_tokens, cos_sin_cache.size(0));
+  active->rope(p);
+}
+
+void silu_and_mul(TensorView out, TensorView gate_up) {
+  const Argument output{"silu_and_mul", "out", out}, input{"silu_and_mul", "gate_up", gate_up};
+  SiluAndMulParams p{};
+  p.dtype = output.has_shape({kAny, kAny}).has_dense_rows().float_type();
+  p.num_tokens = out.size(0);
+  p.size = out.size(1);
+  input.has_type(out.dtype()).has_shape({p.num_tokens, 2 * p.size}).has_dense_rows();
+  p.out = out.data_ptr();
+  p.gate_up = gate_up.data_ptr();
+  p.out_stride = out.stride(0);
+  p.gate_up_stride = gate_up.stride(0);
+  active->silu_and_mul(p);
+}
+
+// ---- attention ----
+
+CacheParams cache_params(const Argument& cache, DLDataType type,
+                         std::initializer_list<int64_t> shape) {
+  cache.has_type(type).has_shape(shape).has_dense_rows();
+  CacheParams p{};
+  p.data = cache.tensor.data_ptr();
+  p.page_stride = cache.tensor.stride(0);
+  p.token_stride = cache.tensor.stride(1);
+  p.head_stride = cache.tensor.stride(2);
+  return p;
+}
+
+void write_kv(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache,
+              TensorView slot_mapping) {
+  const char* function = "write_kv";
+  const Argument slots{function, "slot_mapping", slot_mapping};
+  const Argument rows[] = {{function, "k", k}, {function, "v", v}};
+  const Argument caches[] = {{function, "k_cache", k_cache}, {function, "v_cache", v_cache}};
+  WriteKvParams p{};
+  slots.has_type(kInt64).has_shape({kAny}).is_contiguous();
+  rows[0].has_shape({kAny, kAny, kAny});
+  caches[0].has_shape({kAny, kAny, kAny, kAny});
+  p.dtype = rows[0].float_type();
+  p.num_tokens = slot_mapping.size(0);
+  p.num_kv_heads = k.size(1);
+  p.head_dim = k.size(2);
+  p.block_size = k_cache.size(1);
+  const int64_t num_pages = k_cache.size(0);
+  for (int i = 0; i < 2; ++i) {
+    rows[i].has_type(k.dtype()).has_shape({p.num_tokens, p.num_kv_heads, p.head_dim});
+    rows[i].has_dense_rows().copy_strides(p.strides[i]);
+    p.new_rows[i] = rows[i].tensor.data_ptr();
+    p.caches[i] =
+        cache_params(caches[i], k.dtype(), {num_pages, p.block_size, p.num_kv_heads, p.head_dim});
+  }
+  p.slot_mapping = slots.data<int64_t>();
+  check_range(function, "slot_mapping", p.slot_mapping, p.num_tokens, num_pages * p.block_size);
+  active->write_kv(p);
+}
+
+void paged_attention(TensorView out, TensorView q, TensorView k_cache, TensorView v_cache,
+                     TensorView block_table, TensorView cu_seqlens_q, TensorView seq_lens,
+                     double scale) {
+  const char* function = "paged_attention";
+  const Argument query{function, "q", q}, output{function, "out", out};
+  const Argument k{function, "k_cache", k_cache}, v{function, "v_cache", v_cache};
+  const Argument table{function, "block_table", block_table};
+  const Argument indptr{function, "cu_seqlens_q", cu_seqlens_q};
+  const Argument lengths{function, "seq_lens", seq_lens};
+  AttentionParams p{};
+  p.dtype = query.has_shape({kAny, kAny, kAny}).has_dense_rows().float_type();
+  p.head_dim = q.size(2);
+  LORAPLEX_REQUIRE(p.head_dim <= kMaxHeadDim)
+      << function << ": head_dim " << p.head_dim << " is more than the " << kMaxHeadDim
+      << " supported";
+  k.has_shape({kAny, kAny, kAny, p.head_dim});
+  p.block_size = k_cache.size(1);
+  p.num_kv_heads = k_cache.size(2);
+  LORAPLEX_REQUIRE(p.num_kv_heads > 0 && q.size(1) % p.num_kv_heads == 0)
+      << function << ": the number of heads, " << q.size(1)
+      << ", must be a multiple of the number of KV heads, " << p.num_kv_heads;
+  p.group = q.size(1) / p.num_kv_heads;
+  const int64_t num_pages = k_cache.size(0),
+                num_requests = lengths.has_shape({kAny}).tensor.size(0);
+  p.k_cache = cache_params(k, q.dtype(), {num_pages, p.block_size, p.num_kv_heads, p.head_dim});
+  p.v_cache = cache_params(v, q.dtype(), {num_pages, p.block_size, p.num_kv_heads, p.head_dim});
+  table.has_type(kInt32).has_shape({num_requests, kAny}).has_dense_rows();
+  indptr.has_type(kInt32).has_shape({num_requests + 1}).is_contiguous();
+  lengths.has_type(kInt32).is_contiguous();
+  like(output, query);
+  p.out = out.data_ptr();
+  p.q = q.data_ptr();
+  output.copy_strides(p.out_strides);
+  query.copy_strides(p.q_strides);
+  p.block_table = table.data<int32_t>();
+  p.block_table_stride = block_table.stride(0);
+  p.cu_seqlens_q = indptr.data<int32_t>();
+  p.seq_lens = lengths.data<int32_t>();
+  p.scale = static_cast<float>(scale);
+  // Kept between calls, because fresh memory of this size costs page faults.
+  static thread_local AttentionPlan plan;
+  const std::string error =
+      plan_attention(plan, p, num_requests, q.size(0), block_table.size(1), num_pages);
+  LORAPLEX_REQUIRE(error.empty()) << function << ": " << error;
+  active->attention(p);
+}
+
+// ---- LoRA ----
+
+// What shrink and expand have in common: v, the pool, and which adapter serves which rows.
+struct LoraCall {
+  const char* function;
+  LoraParams params{};
+  LoraBatch batch{};
+  std::vector<int64_t> modules, widths;
+
+  LoraCall(const char* function, TensorView v, TensorView activations, const char* name,
+           TensorView pool, TensorView segment_indptr, TensorView page_tables, int64_t layer,
+           const Array<int64_t>& modules, int64_t num_modules)
+      : function(function), modules(modules.begin(), modules.end()) {
+    const Argument rows{function, name, activations}, sums{function, "v", v};
+    const Argument memory{function, "pool", pool};
+    const Argument indptr{function, "segment_indptr", segment_indptr};
+    const Argument tables{function, "page_tables", page_tables};
+    params.dtype = rows.has_shape({kAny, kAny}).has_dense_rows().float_type();
+    params.activations = activations.data_ptr();
+    params.activation_stride = activations.stride(0);
+    batch.group_size = this->modules.size();
+    sums.has_type(kFloat32).has_shape({kAny, batch.group_size, kAny}).has_dense_rows();
+    params.v = static_cast<float*>(v.data_ptr());
+    sums.copy_strides(params.v_strides);
+    memory.has_type(kUint8).has_shape({kAny, kAny}).is_contiguous();
+    params.pool = memory.data<uint8_t>();
+    params.page_bytes = pool.size(1);
+    indptr.has_type(kInt32).has_shape({kAny}).is_contiguous();
+    LORAPLEX_REQUIRE(segment_indptr.size(0) >= 1) << function << ": segment_indptr is empty";
+    batch.num_segments = segment_indptr.size(0) - 1;
+    tables.has_type(kInt32).has_shape({batch.num_segments, kAny}).has_dense_rows();
+    batch.segment_indptr = indptr.data<int32_t>();
+    batch.page_tables = tables.data<int32_t>();
+    batch.page_table_stride = page_tables.stride(0);
+    batch.max_pages = page_tables.size(1);
+    batch.num_pages = pool.size(0);
+    batch.num_tokens = std::min(activations.size(0), v.size(0));
+    batch.max_rank = v.size(2);
+    batch.layer = layer;
+    batch.num_modules = num_modules;
+    check_range(function, "layer", &layer, 1, INT32_MAX);
+    check_range(function, "modules", this->modules.data(), batch.group_size, num_modules);
+  }
+
+  void run(void (*kernel)(const LoraParams&)) {
+    batch.modules = modules.data();
+    batch.widths = widths.data();
+    static thread_local std::vector<LoraItem> items;
+    const std::string error = plan_lora(items, params, batch);
+    LORAPLEX_REQUIRE(error.empty()) << function << ": " << error;
+    kernel(params);
+  }
+};
+
+void lora_shrink(TensorView v, TensorView x, TensorView pool, TensorView segment_indptr,
+                 TensorView page_tables, int64_t layer, Array<int64_t> modules,
+                 int64_t num_modules) {
+  LoraCall call("shrink", v, x, "x", pool, segment_indptr, page_tables, layer, modules,
+                num_modules);
+  call.widths = {x.size(1)};
+  call.run(active->lora_shrink);
+}
+
+void lora_expand(TensorView y, TensorView v, TensorView pool, TensorView segment_indptr,
+                 TensorView page_tables, int64_t layer, Array<int64_t> modules, int64_t num_modules,
+                 Array<int64_t> offsets) {
+  LoraCall call("expand", v, y, "y", pool, segment_indptr, page_tables, layer, modules,
+                num_modules);
+  const std::vector<int64_t> bounds(offsets.begin(), offsets.end());
+  bool is_sorted =
+      bounds.size() == call.modules.size() + 1 && bounds[0] >= 0 && bounds.back() <= y.size(1);
+  for (size_t i = 0; is_sorted && i + 1 < bounds.size(); ++i) {
+    call.widths.push_back(bounds[i + 1] - bounds[i]);
+    is_sorted = call.widths.back() >= 0;
+  }
+  LORAPLEX_REQUIRE(is_sorted) << "expand: offsets must be " << call.modules.size() + 1
+                              << " increasing columns of y, of which there are " << y.size(1)
+                              << ", got " << shape_text(bounds.data(), bounds.size());
+  call.params.offsets = bounds.data();
+  call.batch.is_expand = true;
+  call.run(active->lora_expand);
+}
+
+}  // namespace
+}  // namespace loraplex
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(get_cpu_isa, loraplex::get_cpu_isa);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(supported_cpu_isas, loraplex::supported_cpu_isas);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_cpu_isa, loraplex::set_cpu_isa);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, loraplex::rms_norm);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_add_rms_norm, loraplex::fused_add_rms_norm);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(apply_rope, loraplex::apply_rope);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_and_mul, loraplex::silu_and_mul);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(write_kv, loraplex::write_kv);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_attention, loraplex::paged_attention);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(lora_shrink, loraplex::lora_shrink);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(lora_expand, loraplex::lora_expand);

@@ -1,0 +1,265 @@
+// Paged attention with an online softmax. Prefill chunks and decode rows take the same path: the
+// keys of an item are repacked, kAttentionKeys at a time, into the layout that the matrix product
+// wants. Repacking costs less than the memory traffic of a decode and little beside the products of
+// a prefill.
+#include "gemm.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace loraplex::LORAPLEX_ISA {
+namespace {
+
+constexpr int kKeys = kAttentionKeys;
+constexpr float kLowest = -1e30f;  // the maximum of no scores
+
+// Working memory of one thread, on its stack. Rows are as long as head_dim needs, at most this.
+struct Scratch {
+  alignas(64) float q[kAttentionRows * kMaxHeadDim];  // [rows, units of head_dim]
+  alignas(64) float k[kMaxHeadDim * kKeys];           // [units of head_dim, keys]
+  alignas(64) float v[kKeys * kMaxHeadDim];           // [units of keys, head_dim]
+  alignas(64) float scores[kAttentionRows * kKeys];   // [rows, keys], then the weights in units
+  alignas(64) float sums[kAttentionRows * kMaxHeadDim];
+  float max[kAttentionRows], weight[kAttentionRows], rescale[kAttentionRows];
+};
+
+template <class T>
+struct Attention {
+  using Unit = typename UnitOf<T>::Type;
+  static constexpr int kElements = Unit::kElements;
+
+  const AttentionParams& p;
+  const AttentionItem& item;
+  Scratch& s;
+  const int64_t rows = item.row_end - item.row_begin;
+  const int64_t units = ceil_div(p.head_dim, kElements);        // of head_dim
+  const int64_t stride = ceil_div(units, kLanes) * kLanes;      // of units in whole vectors
+  const int64_t width = ceil_div(p.head_dim, kLanes) * kLanes;  // of floats in whole vectors
+  const int64_t first_token = p.cu_seqlens_q[item.request];
+  const int64_t num_queries = p.cu_seqlens_q[item.request + 1] - first_token;
+
+  const T* k_rows[kKeys];
+  const T* v_rows[kKeys];
+
+  LORAPLEX_INLINE int64_t query_of(int64_t row) const { return (item.row_begin + row) / p.group; }
+  LORAPLEX_INLINE int64_t head_of(int64_t row) const {
+    return item.kv_head * p.group + (item.row_begin + row) % p.group;
+  }
+  // How many keys of the request the row sees.
+  LORAPLEX_INLINE int64_t num_visible(int64_t row) const {
+    return p.seq_lens[item.request] - num_queries + query_of(row) + 1;
+  }
+
+  void run() {
+    load_queries();
+    for (int64_t row = 0; row < rows; ++row) {
+      s.max[row] = kLowest;
+      s.weight[row] = 0;
+    }
+    locate(item.key_begin);
+    for (int64_t key = item.key_begin; key < item.key_end; key += kKeys) {
+      const int64_t num_keys = min(kKeys, item.key_end - key);
+      pack_keys(num_keys);
+      pack_values(num_keys);
+      if (key + kKeys < item.key_end) locate(key + kKeys);
+      const Gemm scores{s.q, stride, s.k, kKeys, s.scores, kKeys, units, nullptr};
+      gemm<Unit>(scores, rows, num_keys);
+      for (int64_t row = 0; row < rows; ++row) softmax(row, num_visible(row) - key, num_keys);
+      const float* rescale = key == item.key_begin ? nullptr : s.rescale;
+      const Gemm sums{s.scores, kKeys, s.v, width, s.sums, width, ceil_div(num_keys, kElements),
+                      rescale};
+      gemm<Unit>(sums, rows, p.head_dim);
+    }
+    if (item.partial < 0) {
+      store_rows();
+    } else {
+      store_partial_rows();
+    }
+  }
+
+  void load_queries() {
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* q = static_cast<const T*>(p.q) + (first_token + query_of(row)) * p.q_strides[0] +
+                   head_of(row) * p.q_strides[1];
+      for (int64_t unit = 0; unit < units; unit += kLanes) {
+        store(s.q + row * stride + unit,
+              load_units<Unit>(q + unit * kElements, p.head_dim - unit * kElements));
+      }
+    }
+  }
+
+  // Finds the rows of the next keys, and asks for them ahead of their use. Keys past the item's end
+  // read the zeros that stand in for them.
+  void locate(int64_t key_begin) {
+    alignas(64) static const T kZeros[kMaxHeadDim] = {};
+    const int32_t* table = p.block_table + item.request * p.block_table_stride;
+    int64_t block = key_begin / p.block_size, offset = key_begin % p.block_size;
+    const int64_t num_keys = min(kKeys, item.key_end - key_begin);
+    for (int64_t i = 0; i < num_keys; ++i) {
+      k_rows[i] = row_of(p.k_cache, table[block], offset);
+      v_rows[i] = row_of(p.v_cache, table[block], offset);
+      for (int64_t d = 0; d < p.head_dim; d += 64 / sizeof(T)) {
+        __builtin_prefetch(k_rows[i] + d);
+        __builtin_prefetch(v_rows[i] + d);
+      }
+      if (++offset == p.block_size) {
+        offset = 0;
+        ++block;
+      }
+    }
+    for (int64_t i = num_keys; i < kKeys; ++i) k_rows[i] = v_rows[i] = kZeros;
+  }
+
+  LORAPLEX_INLINE const T* row_of(const CacheParams& cache, int64_t page, int64_t offset) const {
+    return static_cast<const T*>(cache.data) + page * cache.page_stride +
+           offset * cache.token_stride + item.kv_head * cache.head_stride;
+  }
+
+  void pack_keys(int64_t num_keys) {
+    for (int64_t key = 0; key < num_keys; key += kLanes) {
+      for (int64_t unit = 0; unit < units; unit += kLanes) {
+        Vec tile[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          tile[i] =
+              load_units<Unit>(k_rows[key + i] + unit * kElements, p.head_dim - unit * kElements);
+        }
+        transpose(tile);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(s.k + (unit + i) * kKeys + key, tile[i]);
+      }
+    }
+  }
+
+  void pack_values(int64_t num_keys) {
+    for (int64_t key = 0; key < num_keys; key += kElements) {
+      float* packed = s.v + key / kElements * width;
+      for_each_vector(p.head_dim, [&](int64_t d, auto load, auto) {
+        Vec value = load(v_rows[key] + d);
+        if constexpr (kElements == 2) {  // this key's bfloat16 below the next one's
+          value = (Vec)((UintVec)value >> 16 | (UintVec)load(v_rows[key + 1] + d));
+        }
+        store(packed + d, value);
+      });
+    }
+  }
+
+  // Turns the row's scores into weights of values, relative to the greatest score so far. Of these
+  // keys the row sees num_visible, which may be none, or more than there are.
+  void softmax(int64_t row, int64_t num_visible, int64_t num_keys) {
+    constexpr float kLog2e = 1.44269504f;
+    float* scores = s.scores + row * kKeys;
+    num_visible = min(num_visible, num_keys);
+    const int64_t vectors = ceil_div(num_keys, kLanes);
+    const IntVec lane = lanes();
+    const float scale = p.scale * kLog2e;
+    Vec highest = broadcast(kLowest);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Vec x = load(scores + v * kLanes) * scale;
+      const Vec visible = lane + int32_t(v * kLanes) < int32_t(num_visible) ? x : kLowest;
+      store(scores + v * kLanes, visible);
+      highest = maximum(visible, highest);
+    }
+    const float new_max = num_visible > 0 ? max_of(s.max[row], reduce_max(highest)) : s.max[row];
+    s.rescale[row] = exp2(broadcast(s.max[row] - new_max))[0];
+    s.max[row] = new_max;
+    Vec total{};
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Vec weights = exp2(load(scores + v * kLanes) - (num_visible > 0 ? new_max : 0.0f));
+      total += weights;
+      store_weights(scores, v, weights);
+    }
+    s.weight[row] = s.weight[row] * s.rescale[row] + reduce_add(total);
+  }
+
+  LORAPLEX_INLINE static IntVec lanes() {
+    IntVec result;
+    for (int i = 0; i < kLanes; ++i) result[i] = i;
+    return result;
+  }
+
+  LORAPLEX_INLINE static float max_of(float a, float b) { return a > b ? a : b; }
+
+  // bfloat16 weights overwrite scores that have been read already.
+  LORAPLEX_INLINE static void store_weights(float* scores, int64_t v, Vec weights) {
+    if constexpr (kElements == 1) {
+      store(scores + v * kLanes, weights);
+    } else {
+      store(reinterpret_cast<T*>(scores) + v * kLanes, weights);
+    }
+  }
+
+  void store_rows() {
+    for (int64_t row = 0; row < rows; ++row) {
+      T* out = static_cast<T*>(p.out) + (first_token + query_of(row)) * p.out_strides[0] +
+               head_of(row) * p.out_strides[1];
+      const float scale = 1.0f / s.weight[row];
+      for_each_vector(p.head_dim, [&](int64_t d, auto, auto store) {
+        store(out + d, load(s.sums + row * width + d) * scale);
+      });
+    }
+  }
+
+  void store_partial_rows() {
+    float* sums = p.partials + item.partial;
+    for (int64_t row = 0; row < rows; ++row) {
+      for_each_vector(p.head_dim, [&](int64_t d, auto, auto store) {
+        store(sums + row * p.head_dim + d, load(s.sums + row * width + d));
+      });
+      sums[rows * p.head_dim + row] = s.max[row];
+      sums[rows * p.head_dim + rows + row] = s.weight[row];
+    }
+  }
+};
+
+// Joins the parts of a row whose keys were split, in the order of the keys.
+template <class T>
+void merge_row(const AttentionParams& p, const AttentionMerge& merge, int64_t row) {
+  const int64_t num_rows = merge.num_rows;
+  const int64_t part_size = num_rows * (p.head_dim + 2);
+  const float* parts = p.partials + merge.partial;
+  const float* maxima = parts + num_rows * p.head_dim + row;
+  float highest = kLowest;
+  for (int64_t i = 0; i < merge.num_parts; ++i) {
+    const float x = maxima[i * part_size];
+    highest = x > highest ? x : highest;
+  }
+  float total = 0;
+  for (int64_t i = 0; i < merge.num_parts; ++i) {
+    const float scale = exp2(broadcast(maxima[i * part_size] - highest))[0];
+    total += scale * maxima[i * part_size + num_rows];
+  }
+  T* out = static_cast<T*>(p.out) +
+           (p.cu_seqlens_q[merge.request] + row / p.group) * p.out_strides[0] +
+           (merge.kv_head * p.group + row % p.group) * p.out_strides[1];
+  for_each_vector(p.head_dim, [&](int64_t d, auto load, auto store) {
+    Vec sum{};
+    for (int64_t i = 0; i < merge.num_parts; ++i) {
+      const Vec scale = exp2(broadcast(maxima[i * part_size] - highest));
+      sum += load(parts + i * part_size + row * p.head_dim + d) * scale;
+    }
+    store(out + d, sum / total);
+  });
+}
+
+}  // namespace
+
+void attention(const AttentionParams& p) {
+  dispatch(p.dtype, [&]<class T>(T*) {
+#pragma omp parallel if (p.parallel)
+    {
+      Scratch scratch;
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < p.num_items; ++i) {
+        Attention<T>{p, p.items[i], scratch}.run();
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < p.num_merges; ++i) {
+        for (int64_t row = 0; row < p.merges[i].num_rows; ++row) {
+          merge_row<T>(p, p.merges[i], row);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace loraplex::LORAPLEX_ISA

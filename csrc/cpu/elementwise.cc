@@ -1,0 +1,122 @@
+// Row-wise operations of the model: RMS norm, rotary embedding, gated SiLU, writing K and V.
+#include "kernels.h"
+#include "simd.h"
+
+namespace loraplex::LORAPLEX_ISA {
+namespace {
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kParallelElements = 1 << 14;
+
+template <class T>
+LORAPLEX_INLINE void add_residual(T* x, T* residual, int64_t size) {
+  for_each_vector(size, [&](int64_t i, auto load, auto store) {
+    store(residual + i, load(residual + i) + load(x + i));
+  });
+}
+
+template <class T>
+LORAPLEX_INLINE void normalize(T* out, const T* x, const T* weight, float eps, int64_t size) {
+  Vec squares{};
+  for_each_vector(size, [&](int64_t i, auto load, auto) {
+    const Vec value = load(x + i);
+    squares += value * value;
+  });
+  const float scale = 1.0f / __builtin_sqrtf(reduce_add(squares) / size + eps);
+  for_each_vector(size, [&](int64_t i, auto load, auto store) {
+    store(out + i, load(x + i) * scale * load(weight + i));
+  });
+}
+
+template <class T>
+LORAPLEX_INLINE void rotate(T* x, const float* cos_sin, int64_t half) {
+  for_each_vector(half, [&](int64_t i, auto load, auto store) {
+    const Vec first = load(x + i), second = load(x + half + i);
+    const Vec cos = load(cos_sin + i), sin = load(cos_sin + half + i);
+    store(x + i, first * cos - second * sin);
+    store(x + half + i, second * cos + first * sin);
+  });
+}
+
+template <class T>
+LORAPLEX_INLINE void gate(T* out, const T* gate_row, const T* up_row, int64_t size) {
+  constexpr float kLog2e = 1.44269504f;
+  for_each_vector(size, [&](int64_t i, auto load, auto store) {
+    const Vec x = load(gate_row + i);
+    const Vec power = x * -kLog2e;
+    const Vec silu = x / (1.0f + exp2(power > 127.0f ? broadcast(127.0f) : power));
+    store(out + i, (power > 127.0f ? Vec{} : silu) * load(up_row + i));
+  });
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormParams& p) {
+  dispatch(p.dtype, [&]<class T>(T*) {
+#pragma omp parallel for collapse(2) if (p.num_tokens * p.num_heads * p.size > kParallelElements)
+    for (int64_t token = 0; token < p.num_tokens; ++token) {
+      for (int64_t head = 0; head < p.num_heads; ++head) {
+        const auto at = [=](void* base, const int64_t* strides) {
+          return static_cast<T*>(base) + token * strides[0] + head * strides[1];
+        };
+        T* x = at(p.x, p.x_strides);
+        T* out = at(p.out, p.out_strides);
+        if (p.residual != nullptr) {
+          T* residual = at(p.residual, p.residual_strides);
+          add_residual(x, residual, p.size);
+          x = residual;
+        }
+        normalize(out, x, static_cast<const T*>(p.weight), p.eps, p.size);
+      }
+    }
+  });
+}
+
+void rope(const RopeParams& p) {
+  const int64_t elements = p.num_tokens * (p.num_heads[0] + p.num_heads[1]) * 2 * p.half;
+  dispatch(p.dtype, [&]<class T>(T*) {
+#pragma omp parallel for if (elements > kParallelElements)
+    for (int64_t token = 0; token < p.num_tokens; ++token) {
+      const float* cos_sin = p.cos_sin_cache + p.positions[token] * 2 * p.half;
+      for (int which = 0; which < 2; ++which) {
+        T* row = static_cast<T*>(p.tensors[which]) + token * p.strides[which][0];
+        for (int64_t head = 0; head < p.num_heads[which]; ++head) {
+          rotate(row + head * p.strides[which][1], cos_sin, p.half);
+        }
+      }
+    }
+  });
+}
+
+void silu_and_mul(const SiluAndMulParams& p) {
+  dispatch(p.dtype, [&]<class T>(T*) {
+#pragma omp parallel for if (p.num_tokens * p.size > kParallelElements)
+    for (int64_t token = 0; token < p.num_tokens; ++token) {
+      const T* row = static_cast<const T*>(p.gate_up) + token * p.gate_up_stride;
+      gate(static_cast<T*>(p.out) + token * p.out_stride, row, row + p.size, p.size);
+    }
+  });
+}
+
+void write_kv(const WriteKvParams& p) {
+  dispatch(p.dtype, [&]<class T>(T*) {
+    const int64_t elements = p.num_tokens * p.num_kv_heads * p.head_dim;
+#pragma omp parallel for if (elements > kParallelElements)
+    for (int64_t token = 0; token < p.num_tokens; ++token) {
+      const int64_t page = p.slot_mapping[token] / p.block_size;
+      const int64_t offset = p.slot_mapping[token] % p.block_size;
+      for (int which = 0; which < 2; ++which) {
+        const T* from = static_cast<const T*>(p.new_rows[which]) + token * p.strides[which][0];
+        const CacheParams& cache = p.caches[which];
+        T* to =
+            static_cast<T*>(cache.data) + page * cache.page_stride + offset * cache.token_stride;
+        for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+          __builtin_memcpy(to + head * cache.head_stride, from + head * p.strides[which][1],
+                           p.head_dim * sizeof(T));
+        }
+      }
+    }
+  });
+}
+
+}  // namespace loraplex::LORAPLEX_ISA

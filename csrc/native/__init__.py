@@ -1,0 +1,78 @@
+"""Loads the native library and types its functions; knows nothing of what they compute.
+
+The functions take torch tensors, write their results into arguments, release the GIL while they
+run, and raise ValueError for arguments that do not fit. They are bound without a Python frame in
+between, because a step makes hundreds of these calls.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch  # before the library: it brings the OpenMP runtime
+import tvm_ffi
+
+
+def _share_openmp_runtime() -> str:
+    """Makes torch's OpenMP runtime the one that our library's symbols bind to; returns its path.
+
+    The library is linked without an OpenMP runtime: two of them would each keep a pool of threads
+    that spin on the same cores.
+    """
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    runtimes = [p for p in mapped if Path(p).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    torch_home = str(Path(torch.__file__).parent)
+    runtimes.sort(key=lambda path: (not path.startswith(torch_home), path))
+    path = runtimes[0] if runtimes else "libgomp.so.1"
+    ctypes.CDLL(path, mode=os.RTLD_GLOBAL | os.RTLD_NOW)
+    return path
+
+
+def _load_library() -> Any:
+    library = tvm_ffi.load_module(str(files("loraplex.native") / "loraplex_cpu.so"))
+    isa = os.environ.get("LORAPLEX_CPU_ISA")
+    if isa is not None:
+        try:
+            library.set_cpu_isa(isa)
+        except ValueError as error:
+            raise ValueError(f"LORAPLEX_CPU_ISA={isa!r} is not allowed: {error}") from None
+    return library
+
+
+OPENMP_RUNTIME = _share_openmp_runtime()
+_library = _load_library()
+
+Tensor = torch.Tensor
+
+get_cpu_isa: Callable[[], str] = _library.get_cpu_isa
+"""The instruction set in use: portable, avx2, avx512 or avx512bf16."""
+supported_cpu_isas: Callable[[], list[str]] = _library.supported_cpu_isas
+"""Those that this machine has, from the plainest to the best, which is the default."""
+set_cpu_isa: Callable[[str], None] = _library.set_cpu_isa
+"""For tests; LORAPLEX_CPU_ISA does the same from outside."""
+
+rms_norm: Callable[[Tensor, Tensor, Tensor, float], None] = _library.rms_norm
+"""(out, x, weight, eps)"""
+fused_add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], None] = _library.fused_add_rms_norm
+"""(x, residual, weight, eps)"""
+apply_rope: Callable[[Tensor, Tensor, Tensor, Tensor], None] = _library.apply_rope
+"""(positions, q, k, cos_sin_cache)"""
+silu_and_mul: Callable[[Tensor, Tensor], None] = _library.silu_and_mul
+"""(out, gate_up)"""
+write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = _library.write_kv
+"""(k, v, k_cache, v_cache, slot_mapping)"""
+paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = (
+    _library.paged_attention
+)
+"""(out, q, k_cache, v_cache, block_table, cu_seqlens_q, seq_lens, scale)"""
+lora_shrink: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int], None] = (
+    _library.lora_shrink
+)
+"""(v, x, pool, segment_indptr, page_tables, layer, modules, num_modules)"""
+lora_expand: Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int, Sequence[int]], None
+] = _library.lora_expand
+"""(y, v, pool, segment_indptr, page_tables, layer, modules, num_modules, offsets)"""

@@ -1,0 +1,204 @@
+"""Which adapters are in the pool, which are on their way, and who uses them. No torch.
+
+An adapter's life in the pool:
+
+    ABSENT --start--> COPYING --done--> RESIDENT --reclaimed--> ABSENT
+
+Before a copy can start, its image must be in host memory; the store reads it from disk in threads
+of its own. Nothing here waits: `poll` says how far an adapter is, and is called again next step.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from concurrent.futures import Future
+from hashlib import blake2b
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from loraplex.engine.page_pool import Candidate, PagePool, PageState
+from loraplex.engine.request import LoRARequest
+
+
+class AdapterStore(Protocol):
+    """Images of adapters in host memory."""
+
+    def num_pages(self, version: bytes, path: str) -> int | None:
+        """Pages of the image once it is in host memory; None while it is being read.
+
+        Starts reading where nobody has yet. Raises ValueError if the adapter cannot be served.
+        """
+
+    def max_rank(self, version: bytes) -> int:
+        """The largest rank of an adapter that is in host memory."""
+
+    def copy_to_pages(self, version: bytes, pages: list[int]) -> Future[None]:
+        """Start copying the image into these pages of the pool."""
+
+    def fingerprint(self, path: str) -> str:
+        """Changes when the adapter's files change."""
+
+
+class Residency(enum.Enum):
+    ABSENT = enum.auto()
+    COPYING = enum.auto()
+    RESIDENT = enum.auto()
+
+
+class Adapter:
+    """One version of an adapter, as the pool sees it."""
+
+    __slots__ = (
+        "copy",
+        "lora_request",
+        "max_rank",
+        "num_users",
+        "page_table",
+        "pages",
+        "residency",
+        "sort_key",
+        "version",
+    )
+
+    def __init__(self, lora_request: LoRARequest, version: bytes, sort_key: int) -> None:
+        self.lora_request = lora_request
+        self.version = version
+        self.sort_key = sort_key
+        """Rows of a batch are sorted by this, so that an adapter's rows are one segment."""
+        self.residency = Residency.ABSENT
+        self.pages: list[int] = []
+        self.page_table: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        self.max_rank = 0
+        self.num_users = 0
+        """Running requests that use it."""
+        self.copy: Future[None] | None = None
+
+
+class AdapterManager:
+    """Brings adapters into the pool, counts their users, and gives idle ones back."""
+
+    def __init__(self, pool: PagePool, store: AdapterStore, restore_cost: float) -> None:
+        """restore_cost: cost of copying one page in from the host (see Candidate)."""
+        self._pool = pool
+        self._store = store
+        self._restore_cost = restore_cost
+        self._adapters: dict[tuple[str, str], Adapter] = {}
+        self._num_created = 0
+        # Resident adapters without a user, least recently used first: -> clock of last use.
+        self._idle: OrderedDict[Adapter, int] = OrderedDict()
+        self._copying: list[Adapter] = []
+        self.num_loads = 0
+        self.num_evictions = 0
+        pool.add_lender(self)
+
+    def resolve(self, lora_request: LoRARequest) -> Adapter:
+        """The adapter version that this name and path mean now; begins to read a new one."""
+        key = lora_request.lora_name, lora_request.lora_path
+        adapter = self._adapters.get(key)
+        if adapter is None:
+            fingerprint = self._store.fingerprint(lora_request.lora_path)
+            text = "\0".join((*key, fingerprint))
+            version = blake2b(text.encode(), digest_size=16).digest()
+            adapter = Adapter(lora_request, version, self._num_created)
+            self._num_created += 1
+            self._adapters[key] = adapter
+        return adapter
+
+    def prefetch(self, adapter: Adapter) -> None:
+        """Have the image read into host memory, if it is not there; errors wait for `num_pages`."""
+        if adapter.residency is Residency.ABSENT:
+            try:
+                self._store.num_pages(adapter.version, adapter.lora_request.lora_path)
+            except ValueError:
+                return
+
+    def num_pages(self, adapter: Adapter) -> int | None:
+        """Pages the adapter takes; None while it is being read. Raises ValueError if it can't be."""
+        if adapter.residency is not Residency.ABSENT:
+            return len(adapter.pages)
+        return self._store.num_pages(adapter.version, adapter.lora_request.lora_path)
+
+    def start_copy(self, adapter: Adapter, num_pages: int) -> bool:
+        """Take pages for an adapter in host memory and begin to fill them; False if none left."""
+        assert adapter.residency is Residency.ABSENT
+        pages = self._pool.allocate(num_pages, PageState.ADAPTER)
+        if pages is None:
+            return False
+        adapter.pages = sorted(pages)
+        adapter.page_table = np.array(adapter.pages, np.int32)
+        adapter.max_rank = self._store.max_rank(adapter.version)
+        adapter.residency = Residency.COPYING
+        adapter.copy = self._store.copy_to_pages(adapter.version, adapter.pages)
+        self._copying.append(adapter)
+        self.num_loads += 1
+        return True
+
+    def finish_copies(self) -> None:
+        """Make adapters whose copy is done resident; called once a step."""
+        still_copying = []
+        for adapter in self._copying:
+            assert adapter.copy is not None
+            if not adapter.copy.done():
+                still_copying.append(adapter)
+                continue
+            adapter.copy.result()
+            adapter.copy = None
+            adapter.residency = Residency.RESIDENT
+            if adapter.num_users == 0:
+                self._lend(adapter)
+        self._copying = still_copying
+
+    @property
+    def is_copying(self) -> bool:
+        return bool(self._copying)
+
+    def acquire(self, adapter: Adapter) -> None:
+        """Count one more running request that uses a resident adapter."""
+        assert adapter.residency is Residency.RESIDENT
+        if adapter.num_users == 0:
+            del self._idle[adapter]
+            self._pool.set_state(adapter.pages, PageState.ADAPTER)
+        adapter.num_users += 1
+
+    def release(self, adapter: Adapter) -> None:
+        adapter.num_users -= 1
+        if adapter.num_users == 0:
+            self._lend(adapter)
+
+    def _lend(self, adapter: Adapter) -> None:
+        self._idle[adapter] = self._pool.clock
+        self._pool.set_state(adapter.pages, PageState.ADAPTER_IDLE)
+
+    def peek_reclaimable(self) -> Candidate | None:
+        if not self._idle:
+            return None
+        return Candidate(next(iter(self._idle.values())), self._restore_cost)
+
+    def reclaim(self) -> list[int]:
+        adapter, _ = self._idle.popitem(last=False)
+        pages, adapter.pages = adapter.pages, []
+        adapter.page_table = np.empty(0, np.int32)
+        adapter.residency = Residency.ABSENT
+        self.num_evictions += 1
+        return pages
+
+    def num_resident(self) -> int:
+        return sum(a.residency is Residency.RESIDENT for a in self._adapters.values())
+
+    def check_integrity(self, num_users: dict[Adapter, int]) -> None:
+        """Adapters and their pages are exactly as these numbers of running users say."""
+        owned: set[int] = set()
+        for adapter in self._adapters.values():
+            assert adapter.num_users == num_users.get(adapter, 0), adapter.lora_request
+            assert (adapter.residency is Residency.ABSENT) == (not adapter.pages)
+            assert owned.isdisjoint(adapter.pages)
+            owned.update(adapter.pages)
+            is_idle = adapter.residency is Residency.RESIDENT and adapter.num_users == 0
+            assert is_idle == (adapter in self._idle)
+            expected = PageState.ADAPTER_IDLE if is_idle else PageState.ADAPTER
+            assert all(self._pool.state(page) is expected for page in adapter.pages)
+        states = PageState.ADAPTER, PageState.ADAPTER_IDLE
+        assert len(owned) == sum(self._pool.count(state) for state in states)

@@ -1,0 +1,246 @@
+"""The engine for asyncio programs: requests of many tasks, one engine process behind them.
+
+Knows text (through the input and output processors) and streams; HTTP is the server's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.core_client import CoreClient, EngineDeadError
+from loraplex.engine.input_processor import InputProcessor
+from loraplex.engine.output_processor import OutputProcessor
+from loraplex.engine.outputs import RequestOutput
+from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo
+from loraplex.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from loraplex.engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CORE_FACTORY = "loraplex.engine.core:EngineCore"
+# A longer text is tokenised in a thread: it would hold up everybody's streams.
+MAX_CHARS_ON_THE_LOOP = 16 * 1024
+
+Prompt = str | list[int] | dict[str, Any]
+
+
+class AsyncEngine:
+    """Generates for many callers at once. `start` it first, `shutdown` it at the end.
+
+    core_factory names the callable that makes the core, in the engine process, of the config.
+    tokenizer defaults to the model's; skip_tokenizer_init leaves it out.
+    """
+
+    model_info: ModelInfo
+    _client: CoreClient
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        core_factory: str = CORE_FACTORY,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._core_factory = core_factory
+        self._streams: dict[str, _Stream] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._error: EngineDeadError | None = EngineDeadError("the engine is not started")
+
+    async def start(self) -> None:
+        """Start the engine process and load the model.
+
+        Raises ValueError for a setting that is not allowed, EngineDeadError if the start fails.
+        """
+        self._client = CoreClient(self.config, self._core_factory)
+        try:
+            self.model_info = await self._client.start()
+            if self.tokenizer is None and not self.config.skip_tokenizer_init:
+                self.tokenizer = await asyncio.to_thread(self._load_tokenizer)
+        except BaseException:
+            # Whoever gives up during a load of minutes does not want to wait for its end.
+            await self._client.shutdown(patience=0)
+            raise
+        self._input_processor = InputProcessor(self.model_info, self.tokenizer, self.config.seed)
+        self._output_processor = OutputProcessor(self.tokenizer)
+        self._error = None
+        self._reader = asyncio.create_task(self._read_outputs(), name="loraplex-outputs")
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
+        tenant: str = "",
+        stream: bool = True,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The output so far whenever there is more of it, the last one with `finished`.
+
+        A caller that is slow misses states in between, never text. stream=False gives the last one
+        only. Closing the iterator, or cancelling its task, ends the request.
+        Raises ValueError for a request that is not allowed, RequestError for one that the engine
+        refuses or fails, EngineDeadError.
+        """
+        await self.check_health()
+        request_id = request_id or uuid.uuid4().hex
+        requests = await self._process_input(
+            request_id, prompt, sampling_params, lora_request, tenant
+        )
+        text = prompt if isinstance(prompt, str) else None
+        outputs = self._open(request_id, text, requests, stream)
+        try:
+            self._client.add_requests(requests)
+            while True:
+                output = await outputs.get()
+                if output.error is not None:
+                    raise output.error
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._close(request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request early: its iterator gives what there is, with finish_reason "abort"."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            self._client.abort_requests(stream.engine_request_ids)
+
+    async def stats(self) -> dict[str, Any]:
+        """Page counts by state, and counters, as the core has them. Raises EngineDeadError."""
+        await self.check_health()
+        return await self._client.call("stats")
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError if the engine can't serve."""
+        if self._error is not None:
+            raise EngineDeadError(str(self._error))
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine can't serve: it died, was shut down, or never started."""
+        return self._error is not None
+
+    @property
+    def num_open_requests(self) -> int:
+        return len(self._streams)
+
+    async def shutdown(self) -> None:
+        """End the engine process; open requests fail. May be called twice, and unstarted."""
+        self._die(EngineDeadError("the engine was shut down"))
+        reader, self._reader = self._reader, None
+        if reader is None:
+            return
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        await self._client.shutdown()
+
+    def _load_tokenizer(self) -> Tokenizer:
+        # Imported late: it brings transformers, which takes seconds.
+        from loraplex.engine.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.model_info.tokenizer_path)
+
+    async def _process_input(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        lora_request: LoRARequest | None,
+        tenant: str,
+    ) -> list[EngineRequest]:
+        process = partial(
+            self._input_processor.process,
+            request_id,
+            prompt,
+            sampling_params,
+            lora_request=lora_request,
+            tenant=tenant,
+        )
+        if isinstance(prompt, str) and len(prompt) > MAX_CHARS_ON_THE_LOOP:
+            return await asyncio.to_thread(process)
+        return process()
+
+    def _open(
+        self, request_id: str, prompt: str | None, requests: list[EngineRequest], stream: bool
+    ) -> _Stream:
+        if request_id in self._streams:
+            raise ValueError(f"request_id={request_id!r} is not allowed: it is in use")
+        self._output_processor.add_request(prompt, requests, stream)
+        outputs = self._streams[request_id] = _Stream([r.request_id for r in requests])
+        return outputs
+
+    def _close(self, request_id: str) -> None:
+        """Forget a request, and end it in the core if it still runs there."""
+        stream = self._streams.pop(request_id)
+        if stream.is_finished:
+            return
+        engine_request_ids = self._output_processor.abort_request(request_id)
+        if self._error is None and engine_request_ids:
+            self._client.abort_requests(engine_request_ids)
+
+    async def _read_outputs(self) -> None:
+        try:
+            while True:
+                self._pass_on(await self._client.receive_outputs())
+                # Where the core is quicker than we are, the streams still get their turn.
+                await asyncio.sleep(0)
+        except EngineDeadError as error:
+            logger.error("%s", error)
+            self._die(error)
+        except Exception as error:
+            logger.exception("Outputs of the engine can't be read.")
+            self._die(EngineDeadError(f"the engine's front failed: {error!r}"))
+
+    def _pass_on(self, outputs: list[Any]) -> None:
+        processed = self._output_processor.process_outputs(outputs)
+        if processed.aborts:
+            self._client.abort_requests(processed.aborts)
+        for output in processed.request_outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+
+    def _die(self, error: EngineDeadError) -> None:
+        self._error = self._error or error
+        for stream in self._streams.values():
+            stream.fail(error)
+
+
+class _Stream:
+    """The latest output of one request. It holds one, however slow the reader is."""
+
+    def __init__(self, engine_request_ids: list[str]) -> None:
+        self.engine_request_ids = engine_request_ids
+        self.is_finished = False
+        self._latest: RequestOutput | None = None
+        self._error: EngineDeadError | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        self._latest = output
+        self.is_finished = output.finished
+        self._changed.set()
+
+    def fail(self, error: EngineDeadError) -> None:
+        self._error = error
+        self._changed.set()
+
+    async def get(self) -> RequestOutput:
+        """Wait for an output newer than the last one. Raises EngineDeadError."""
+        await self._changed.wait()
+        if self._latest is None:
+            raise EngineDeadError(str(self._error))
+        output, self._latest = self._latest, None
+        if self._error is None:
+            self._changed.clear()
+        return output

@@ -1,0 +1,113 @@
+"""Every setting of the engine, once: type, default and help. CLI flags and docs come from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+GIB = 1 << 30
+
+
+class LoraplexWarning(UserWarning):
+    """Something the user should look at, although the engine goes on."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A config field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine. Never written after construction.
+
+    Raises ValueError for a value that is not allowed, and for one that this device or build does
+    not honour.
+    """
+
+    model: str = option(
+        "smollm2-135m-instruct",
+        "A local directory, a Hugging Face hub id, or smollm2-135m-instruct, the embedded model.",
+    )
+    tokenizer: str | None = option(None, "Directory or hub id of the tokenizer; default: model.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    dtype: str = option(
+        "auto", "Type of weights and activations: auto (the checkpoint's), bfloat16 or float32."
+    )
+    max_model_len: int | None = option(
+        None, "Longest prompt plus output in tokens; default: what the model was trained for."
+    )
+    max_num_seqs: int = option(256, "Most requests that run at once.")
+    max_num_batched_tokens: int = option(2048, "Most tokens computed in one step.")
+    block_size: int = option(16, "Tokens of KV cache in one page.")
+    pool_bytes: int | None = option(
+        None,
+        "Bytes of the page pool, which KV cache and adapters share; default on the CPU: the "
+        "smaller of 4 GiB and 40 % of the free memory.",
+    )
+    host_adapter_bytes: int = option(
+        4 * GIB, "Bytes of host memory for adapters that are not in the pool."
+    )
+    gpu_memory_utilization: float | None = option(
+        None, "Share of the accelerator's memory to use (CUDA devices; on the CPU, pool_bytes)."
+    )
+    enable_prefix_caching: bool = option(True, "Reuse the KV cache of prompts that begin alike.")
+    adapter_affinity_tokens: int = option(
+        256,
+        "How many tokens of service an adapter that is in the pool may be ahead of one that is "
+        "not and still be served first.",
+    )
+    tensor_parallel_size: int = option(1, "Accelerators to spread the model over.")
+    quantization: str | None = option(None, "Quantisation of the weights.")
+    load_format: str = option("auto", "auto reads the checkpoint, dummy makes random weights.")
+    skip_tokenizer_init: bool = option(False, "Take and give token ids only.")
+    enforce_eager: bool = option(False, "Run without CUDA graphs (the CPU has none).")
+    seed: int = option(0, "Seed from which requests without one of their own draw theirs.")
+    device: str = option("auto", "cpu, or auto.")
+    attention_backend: str = option(
+        "auto", "native (C++ kernels), reference (torch, slow), or auto, which is native."
+    )
+
+    def __post_init__(self) -> None:
+        one_of = {
+            "dtype": ("auto", "bfloat16", "float32"),
+            "load_format": ("auto", "dummy"),
+            "device": ("auto", "cpu"),
+            "attention_backend": ("auto", "native", "reference"),
+            "tensor_parallel_size": (1,),
+            "quantization": (None,),
+        }
+        for name, allowed in one_of.items():
+            _check(name, getattr(self, name), getattr(self, name) in allowed,
+                   "one of " + ", ".join(map(repr, allowed)))  # fmt: skip
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len",
+                     "pool_bytes"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None:
+                _check(
+                    name, value, isinstance(value, int) and value >= 1, "an integer of 1 or more"
+                )
+        for name in ("host_adapter_bytes", "adapter_affinity_tokens"):
+            value = getattr(self, name)
+            _check(name, value, isinstance(value, int) and value >= 0, "an integer of 0 or more")
+        _check("gpu_memory_utilization", self.gpu_memory_utilization,
+               self.gpu_memory_utilization is None,
+               "left out on the CPU, where pool_bytes sizes the pool")  # fmt: skip
+        _check("max_num_batched_tokens", self.max_num_batched_tokens,
+               self.max_num_batched_tokens >= self.max_num_seqs,
+               f"at least max_num_seqs={self.max_num_seqs}, so that every running request can "
+               "move")  # fmt: skip
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """An EngineConfig; an unknown option is an error that names the known ones."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"{name!r} is not an option; the options are {', '.join(known)}")
+        return cls(**options)
+
+
+def _check(name: str, value: Any, is_allowed: bool, allowed: str) -> None:
+    if not is_allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")

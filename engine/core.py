@@ -1,0 +1,154 @@
+"""The engine core: requests go in, tokens come out. `step` is the diagram of the whole engine.
+
+Knows no text, no HTTP and no device: it drives the host half and hands each step's arrays to a
+runner.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from loraplex.engine.adapter_manager import AdapterManager, AdapterStore
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.input_batch import InputBatch
+from loraplex.engine.kv_manager import KVManager
+from loraplex.engine.page_pool import PagePool, PageState
+from loraplex.engine.request import EngineOutput, EngineRequest, ModelInfo, Request, RequestError
+from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.step import StepBatch, StepResult
+
+# What a lent page costs to bring back, relative to one copied in from host memory: computing
+# 16 tokens again takes some hundred times as long as copying as many bytes, on CPUs and GPUs.
+ADAPTER_RESTORE_COST = 1.0
+KV_RESTORE_COST = 100.0
+
+STATE_NAMES = {
+    PageState.FREE: "pages_free",
+    PageState.KV: "pages_kv",
+    PageState.KV_CACHED: "pages_kv_cached",
+    PageState.ADAPTER: "pages_adapter",
+    PageState.ADAPTER_IDLE: "pages_adapter_idle",
+}
+
+
+class Runner(Protocol):
+    def execute(self, batch: StepBatch) -> StepResult:
+        """Compute a step."""
+
+
+class Device(Protocol):
+    """What the core needs of the device half."""
+
+    model_info: ModelInfo
+    num_pages: int
+    page_bytes: int
+    runner: Runner
+    adapter_store: AdapterStore
+
+    def close(self) -> None:
+        """Give back threads and memory."""
+
+
+DeviceBuilder = Callable[[EngineConfig, Callable[[], None]], Device]
+
+
+def build_device(config: EngineConfig, wake: Callable[[], None]) -> Device:
+    """The real device half; imported late, since it brings torch and the model."""
+    from loraplex.engine.device import TorchDevice
+
+    return TorchDevice(config, wake)
+
+
+class EngineCore:
+    """Schedules, executes and updates, one step at a time. One thread calls it."""
+
+    def __init__(self, config: EngineConfig, build: DeviceBuilder = build_device) -> None:
+        self._wake = threading.Event()
+        self._device = build(config, self._wake.set)
+        self.model_info = self._device.model_info
+        num_blocks = -(-self.model_info.max_model_len // config.block_size)
+        if num_blocks > self._device.num_pages - 1:
+            raise ValueError(
+                f"max_model_len={self.model_info.max_model_len} is not allowed: it takes "
+                f"{num_blocks} pages of {self._device.page_bytes} bytes, and the pool has "
+                f"{self._device.num_pages - 1}: lower it or raise pool_bytes"
+            )
+        self._pool = PagePool(self._device.num_pages)
+        self._kv = KVManager(
+            self._pool, config.block_size, config.enable_prefix_caching, KV_RESTORE_COST
+        )
+        self._adapters = AdapterManager(
+            self._pool, self._device.adapter_store, ADAPTER_RESTORE_COST
+        )
+        self._scheduler = Scheduler(config, self._pool, self._kv, self._adapters)
+        self._input_batch = InputBatch(
+            config.max_num_seqs, self.model_info.max_model_len, config.block_size
+        )
+        self._num_steps = 0
+
+    def step(self) -> list[EngineOutput]:
+        """Schedule, execute, update. Gives [] while all requests wait for their adapters."""
+        plan = self._scheduler.schedule()
+        self._input_batch.release(plan.stopped)
+        if not plan.num_new_tokens:
+            return self._scheduler.take_outputs()
+        batch = self._input_batch.build(plan)
+        result = self._device.runner.execute(batch)
+        self._input_batch.append_tokens(batch, result.token_ids)
+        self._num_steps += 1
+        return self._scheduler.update(batch, result)
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Raises RequestError for what is known at once; later failures come as outputs."""
+        num_tokens = len(request.prompt_token_ids) + request.max_tokens
+        if num_tokens > self.model_info.max_model_len:
+            raise RequestError(
+                f"prompt ({len(request.prompt_token_ids)} tokens) plus max_tokens="
+                f"{request.max_tokens} is {num_tokens}, above max_model_len="
+                f"{self.model_info.max_model_len}"
+            )
+        lora_request = request.lora_request
+        adapter = None if lora_request is None else self._adapters.resolve(lora_request)
+        self._scheduler.add(Request(request, adapter))
+
+    def abort_requests(self, request_ids: Sequence[str]) -> None:
+        """End requests; each gets an output from the next step. Unknown ids are ignored."""
+        for request_id in request_ids:
+            self._scheduler.abort(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        return self._scheduler.has_unfinished_requests()
+
+    def wait_for_work(self, timeout: float) -> None:
+        """Wait until an adapter came closer, or for so many seconds."""
+        self._wake.wait(timeout)
+        self._wake.clear()
+
+    def stats(self) -> dict[str, Any]:
+        """Page counts by state, requests, and counters since the start."""
+        pages = {name: self._pool.count(state) for state, name in STATE_NAMES.items()}
+        return {
+            "pages_total": self._pool.num_usable,
+            **pages,
+            "page_bytes": self._device.page_bytes,
+            "num_running": self._scheduler.num_running,
+            "num_waiting": self._scheduler.num_waiting,
+            "num_adapters_resident": self._adapters.num_resident(),
+            "steps": self._num_steps,
+            "preemptions": self._scheduler.num_preemptions,
+            "adapter_loads": self._adapters.num_loads,
+            "adapter_evictions": self._adapters.num_evictions,
+            "prefix_hit_tokens": self._scheduler.num_prefix_hit_tokens,
+            "prompt_tokens": self._scheduler.num_prompt_tokens,
+            "output_tokens": self._scheduler.num_output_tokens,
+        }
+
+    def check_integrity(self) -> None:
+        """Assert that every page has one owner and every count adds up."""
+        self._scheduler.check_integrity()
+
+    def shutdown(self) -> None:
+        """Give back threads and memory; the core is of no use afterwards."""
+        self._device.close()

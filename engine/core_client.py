@@ -1,0 +1,195 @@
+"""The front's end of the engine process: starts it, speaks with it, notices its death.
+
+Knows messages and processes; requests and users are async_engine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import multiprocessing
+import shutil
+import tempfile
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.core_process import (
+    AbortRequests,
+    AddRequest,
+    Call,
+    CallResult,
+    CoreFailed,
+    CoreProcessArguments,
+    InputMessage,
+    OutputMessage,
+    Outputs,
+    Ready,
+    Shutdown,
+    run_core,
+)
+from loraplex.engine.request import EngineOutput, EngineRequest, ModelInfo
+
+logger = logging.getLogger(__name__)
+
+# How long, in seconds, what a process wrote before it ended may take to arrive.
+LAST_WORDS_WAIT = 0.1
+# How long, in seconds, a process that was asked to end may take before it is killed.
+SHUTDOWN_WAIT = 10.0
+
+
+class EngineDeadError(RuntimeError):
+    """The engine process is gone: nothing can be asked of it any more."""
+
+
+class CoreClient:
+    """One engine process. All methods belong to the event loop that runs `start`."""
+
+    def __init__(self, config: EngineConfig, core_factory: str) -> None:
+        self._socket_directory = tempfile.mkdtemp(prefix="loraplex-")
+        self._arguments = CoreProcessArguments(
+            core_factory=core_factory,
+            config=config,
+            socket_directory=self._socket_directory,
+            log_level=logging.getLogger().getEffectiveLevel(),
+        )
+        self._context = zmq.Context(io_threads=1)
+        self._inputs = self._context.socket(zmq.PUSH)
+        self._inputs.set_hwm(0)  # The front never waits for the core to take a message.
+        self._inputs.bind(self._arguments.input_address)
+        self._outputs = zmq.asyncio.Socket(self._context, zmq.PULL)
+        self._outputs.bind(self._arguments.output_address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(OutputMessage)
+        self._call_ids = itertools.count()
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        # An interpreter of its own: a fork would share the state of threads and of CUDA.
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=run_core, args=(self._arguments,), name="loraplex-engine", daemon=True
+        )
+
+    async def start(self) -> ModelInfo:
+        """Start the process and wait until its core is ready, however long the model loads.
+
+        Raises ValueError for a setting that the core refuses, EngineDeadError if it broke.
+        """
+        loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        self._silent: asyncio.Future[bytes] = loop.create_future()
+        self._process.start()
+        loop.add_reader(self._process.sentinel, self._on_end)
+        message = await self._receive_message()
+        if isinstance(message, CoreFailed):
+            if message.is_user_error:
+                raise ValueError(message.message)
+            raise EngineDeadError(f"the engine could not start: {message.message}")
+        assert isinstance(message, Ready)
+        return message.model_info
+
+    def add_requests(self, requests: list[EngineRequest]) -> None:
+        """Raises EngineDeadError, like all that sends."""
+        for request in requests:
+            self._send(AddRequest(request))
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        self._send(AbortRequests(request_ids))
+
+    async def call(self, method: str) -> Any:
+        """The result of one of core_process.CALLABLE_METHODS."""
+        call_id = next(self._call_ids)
+        result = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(Call(call_id, method))
+            return await result
+        finally:
+            del self._calls[call_id]
+
+    async def receive_outputs(self) -> list[EngineOutput]:
+        """Wait for what a step gave; one task calls this, and calls' results arrive on the way.
+
+        Raises EngineDeadError when nothing will come any more; pending calls then fail with it.
+        """
+        try:
+            while True:
+                message = await self._receive_message()
+                if isinstance(message, Outputs):
+                    return message.outputs
+                if isinstance(message, CoreFailed):
+                    raise EngineDeadError(f"the engine failed: {message.message}")
+                assert isinstance(message, CallResult)
+                self._finish_call(message)
+        except EngineDeadError as error:
+            for result in self._calls.values():
+                if not result.done():
+                    result.set_exception(error)
+            raise
+
+    async def shutdown(self, patience: float = SHUTDOWN_WAIT) -> None:
+        """End the process and remove what it leaves; after `patience` seconds it is killed."""
+        try:
+            if self._process.pid is not None:
+                await self._end_process(patience)
+        finally:
+            self._inputs.close(linger=0)
+            self._outputs.close(linger=0)
+            self._context.term()
+            shutil.rmtree(self._socket_directory, ignore_errors=True)
+
+    async def _end_process(self, patience: float) -> None:
+        try:
+            if patience and not self._ended.is_set():
+                self._send(Shutdown())
+                await asyncio.wait_for(self._ended.wait(), patience)
+        except (EngineDeadError, TimeoutError):
+            logger.warning("The engine process did not end when asked to; killing it.")
+        finally:
+            self._process.kill()
+            self._process.join()
+            asyncio.get_running_loop().remove_reader(self._process.sentinel)
+            self._silent.cancel()
+            self._process.close()
+
+    def _send(self, message: InputMessage) -> None:
+        try:
+            self._inputs.send(self._encoder.encode(message), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise EngineDeadError("the engine process is gone") from error
+
+    async def _receive_message(self) -> OutputMessage:
+        frame = asyncio.ensure_future(self._outputs.recv())
+        try:
+            if not frame.done():
+                await asyncio.wait({frame, self._silent}, return_when=asyncio.FIRST_COMPLETED)
+            if frame.done():
+                return self._decoder.decode(frame.result())
+            raise EngineDeadError(f"the engine process ended with {self._describe_exit()}")
+        finally:
+            if not frame.done():
+                frame.cancel()
+
+    def _describe_exit(self) -> str:
+        code = self._process.exitcode
+        return f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+
+    def _finish_call(self, message: CallResult) -> None:
+        result = self._calls.get(message.call_id)
+        if result is None or result.done():
+            return
+        if message.error is None:
+            result.set_result(message.value)
+        else:
+            result.set_exception(RuntimeError(message.error))
+
+    def _on_end(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._process.sentinel)
+        self._ended.set()
+        loop.call_later(LAST_WORDS_WAIT, self._on_silence)
+
+    def _on_silence(self) -> None:
+        if not self._silent.done():
+            self._silent.set_result(b"")

@@ -1,0 +1,234 @@
+"""The engine process: a busy loop around an EngineCore, and the messages it speaks.
+
+Knows neither text nor HTTP nor which core it runs: a core is named by the import path of its
+factory, so that a spawned process can make it. The other end is core_client.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pkgutil
+import shutil
+import signal
+import threading
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.request import (
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    ModelInfo,
+    RequestError,
+)
+
+if TYPE_CHECKING:
+    from loraplex.engine.core import EngineCore
+
+logger = logging.getLogger(__name__)
+
+# A load wakes the core by itself; this bounds how long a message waits meanwhile, in seconds.
+LOAD_WAIT = 0.002
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class AddRequest(msgspec.Struct, tag="add"):
+    request: EngineRequest
+
+
+class AbortRequests(msgspec.Struct, tag="abort"):
+    request_ids: list[str]
+
+
+class Call(msgspec.Struct, tag="call"):
+    """Asks for the result of one of CALLABLE_METHODS."""
+
+    call_id: int
+    method: str
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    pass
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """The first message of a core that started."""
+
+    model_info: ModelInfo
+
+
+class Outputs(msgspec.Struct, tag="outputs"):
+    outputs: list[EngineOutput]
+
+
+class CallResult(msgspec.Struct, tag="result"):
+    call_id: int
+    value: Any = None
+    error: str | None = None
+
+
+class CoreFailed(msgspec.Struct, tag="failed"):
+    """The last message of a core that broke, at its start or in a step."""
+
+    message: str
+    is_user_error: bool
+    """A setting that is not allowed, rather than a failure of ours."""
+
+
+InputMessage = AddRequest | AbortRequests | Call | Shutdown
+OutputMessage = Ready | Outputs | CallResult | CoreFailed
+
+CALLABLE_METHODS = ("stats", "check_integrity")
+
+
+@dataclass(frozen=True)
+class CoreProcessArguments:
+    """What the engine process is started with; picklable."""
+
+    core_factory: str
+    """`package.module:name` of a callable that makes a core of an EngineConfig."""
+    config: EngineConfig
+    socket_directory: str
+    log_level: int
+
+    @property
+    def input_address(self) -> str:
+        return f"ipc://{self.socket_directory}/input"
+
+    @property
+    def output_address(self) -> str:
+        return f"ipc://{self.socket_directory}/output"
+
+
+def run_core(arguments: CoreProcessArguments) -> None:
+    """The main function of the engine process: make the core, then serve it to the end.
+
+    The process ends with the parent's Shutdown message, the parent's death or the core's failure.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Both reach the whole group of processes, and the parent drains before it ends this one.
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=arguments.log_level, format=LOG_FORMAT)
+    _die_with_parent(arguments.socket_directory)
+    context = zmq.Context(io_threads=1)
+    inputs = context.socket(zmq.PULL)
+    inputs.connect(arguments.input_address)
+    outputs = context.socket(zmq.PUSH)
+    outputs.connect(arguments.output_address)
+    channel = CoreChannel(inputs, outputs)
+    try:
+        core = _make_core(arguments)
+        try:
+            channel.send(Ready(core.model_info))
+            serve_core(core, channel)
+        finally:
+            core.shutdown()
+    except SettingError as error:
+        channel.send(CoreFailed(str(error), is_user_error=True))
+    except Exception as error:
+        logger.error("The engine core failed.", exc_info=True)
+        channel.send(CoreFailed(f"{type(error).__name__}: {error}", is_user_error=False))
+    finally:
+        # A second is enough for a living parent to read it all; a dead one must not hold us.
+        context.destroy(linger=1000)
+
+
+class SettingError(ValueError):
+    """The core refuses to start with these settings."""
+
+
+def _make_core(arguments: CoreProcessArguments) -> EngineCore:
+    try:
+        return pkgutil.resolve_name(arguments.core_factory)(arguments.config)
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
+def _die_with_parent(socket_directory: str) -> None:
+    """End this process when the parent does, even from within a step or a load."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        shutil.rmtree(socket_directory, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+class CoreChannel:
+    """The two sockets of the engine process, speaking messages."""
+
+    def __init__(self, inputs: zmq.Socket, outputs: zmq.Socket) -> None:
+        self._inputs = inputs
+        self._outputs = outputs
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(InputMessage)
+
+    def send(self, message: OutputMessage) -> None:
+        """Waits while the front is a thousand messages behind: then there is no use in stepping."""
+        self._outputs.send(self._encoder.encode(message))
+
+    def receive(self, may_wait: bool) -> InputMessage | None:
+        """The next message, or None if there is none and it must not wait for one."""
+        try:
+            return self._decoder.decode(self._inputs.recv(0 if may_wait else zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+
+def serve_core(core: EngineCore, channel: CoreChannel) -> None:
+    """Take messages and step, until Shutdown. What step() raises ends the process."""
+    while True:
+        refused: list[EngineOutput] = []
+        may_wait = not core.has_unfinished_requests()
+        while (message := channel.receive(may_wait)) is not None:
+            if isinstance(message, Shutdown):
+                return
+            if isinstance(message, AddRequest):
+                refused += _add(core, message.request)
+            elif isinstance(message, AbortRequests):
+                core.abort_requests(message.request_ids)
+            else:
+                channel.send(_call(core, message))
+            may_wait = False
+        outputs = refused + core.step()
+        if outputs:
+            channel.send(Outputs(outputs))
+        elif core.has_unfinished_requests():
+            core.wait_for_work(LOAD_WAIT)
+
+
+def _add(core: EngineCore, request: EngineRequest) -> list[EngineOutput]:
+    """The refusal, if the core refuses the request."""
+    try:
+        core.add_request(request)
+    except RequestError as error:
+        return [
+            EngineOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=FinishReason.ERROR,
+                error=str(error),
+                error_status=error.status,
+            )
+        ]
+    return []
+
+
+def _call(core: EngineCore, call: Call) -> CallResult:
+    if call.method not in CALLABLE_METHODS:
+        return CallResult(call.call_id, error=f"{call.method!r} is none of {CALLABLE_METHODS}")
+    try:
+        return CallResult(call.call_id, value=getattr(core, call.method)())
+    except Exception:
+        return CallResult(call.call_id, error=traceback.format_exc())

@@ -1,0 +1,167 @@
+"""Turns a step plan into arrays. Knows requests and numpy; no torch.
+
+Running requests have a slot, a row in arrays that persist between steps, so that a step only
+gathers: its cost grows with the tokens of the step, not with the length of the requests.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loraplex.engine.request import Request
+from loraplex.engine.sampling_state import SamplingState
+from loraplex.engine.step import Int32Array, PromptLogprobsSpan, StepBatch, StepPlan
+
+# Requests without an adapter sort behind all others.
+BASE_SORT_KEY = np.iinfo(np.int64).max
+
+
+class InputBatch:
+    """Rows of the running requests: their tokens, blocks and sampling parameters."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._token_ids = np.zeros((max_num_seqs, max_model_len), np.int32)
+        self._block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self._num_blocks = [0] * max_num_seqs
+        self._num_tokens = np.zeros(max_num_seqs, np.int32)
+        self._num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
+        self._sort_key = np.zeros(max_num_seqs, np.int64)
+        self._sampling = SamplingState(max_num_seqs)
+
+    def release(self, stopped: list[Request]) -> None:
+        """Take the slots back of requests that stopped running."""
+        for request in stopped:
+            if request.slot >= 0:
+                self._sampling.remove(request.slot)
+                self._free_slots.append(request.slot)
+                request.slot = -1
+
+    def build(self, plan: StepPlan) -> StepBatch:
+        """The arrays of this step; see StepBatch."""
+        self._sync_slots(plan)
+        planned = list(plan.num_new_tokens)
+        slots = np.fromiter((r.slot for r in planned), np.int64, len(planned))
+        order = np.argsort(self._sort_key[slots], kind="stable")
+        slots = slots[order]
+        requests = [planned[i] for i in order.tolist()]
+        num_new_tokens = np.fromiter(plan.num_new_tokens.values(), np.int32, len(planned))[order]
+        num_computed = np.fromiter(
+            (r.num_computed_tokens for r in requests), np.int32, len(requests)
+        )
+        cu_seqlens_q = np.zeros(len(requests) + 1, np.int32)
+        np.cumsum(num_new_tokens, out=cu_seqlens_q[1:])
+        seq_lens = num_computed + num_new_tokens
+
+        row_slots = np.repeat(slots, num_new_tokens)
+        first_positions = np.repeat(num_computed - cu_seqlens_q[:-1], num_new_tokens)
+        positions = np.arange(cu_seqlens_q[-1], dtype=np.int64) + first_positions
+        blocks, offsets = np.divmod(positions, self._block_size)
+        most_blocks = -(-int(seq_lens.max()) // self._block_size)
+
+        sampled = np.flatnonzero(seq_lens == self._num_tokens[slots])
+        sampled_slots = slots[sampled]
+        num_output_tokens = self._num_tokens[sampled_slots] - self._num_prompt_tokens[sampled_slots]
+        segment_indptr, page_tables, max_rank = _lora_segments(requests, cu_seqlens_q)
+        return StepBatch(
+            requests=requests,
+            num_new_tokens=num_new_tokens,
+            token_ids=self._token_ids[row_slots, positions],
+            positions=positions,
+            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=seq_lens,
+            block_table=self._block_table[slots, :most_blocks],
+            slot_mapping=self._block_table[row_slots, blocks] * np.int64(self._block_size)
+            + offsets,
+            segment_indptr=segment_indptr,
+            page_tables=page_tables,
+            max_rank=max_rank,
+            sampled=sampled,
+            logits_rows=cu_seqlens_q[1:][sampled].astype(np.int64) - 1,
+            sampling=self._sampling.gather(
+                sampled_slots,
+                num_output_tokens,
+                self._token_ids,
+                self._num_prompt_tokens,
+                self._num_tokens,
+            ),
+            prompt_logprobs=_prompt_logprobs_spans(requests, num_new_tokens, cu_seqlens_q),
+        )
+
+    def append_tokens(self, batch: StepBatch, token_ids: list[int]) -> None:
+        """Put the sampled tokens behind the others of their requests."""
+        slots = np.fromiter(
+            (batch.requests[i].slot for i in batch.sampled.tolist()), np.int64, len(token_ids)
+        )
+        self._token_ids[slots, self._num_tokens[slots]] = token_ids
+        self._num_tokens[slots] += 1
+
+    def _sync_slots(self, plan: StepPlan) -> None:
+        """Give slots to requests that began to run, and take in what blocks all of them got."""
+        for request in plan.num_new_tokens:
+            if request.slot < 0:
+                self._occupy(request)
+            known, slot = self._num_blocks[request.slot], request.slot
+            if len(request.block_table) != known:
+                new_blocks = request.block_table[known:]
+                self._block_table[slot, known : known + len(new_blocks)] = new_blocks
+                self._num_blocks[slot] = len(request.block_table)
+
+    def _occupy(self, request: Request) -> None:
+        slot = request.slot = self._free_slots.pop()
+        self._token_ids[slot, : request.num_tokens] = request.all_token_ids
+        self._num_tokens[slot] = request.num_tokens
+        self._num_prompt_tokens[slot] = request.num_prompt_tokens
+        self._num_blocks[slot] = 0
+        adapter = request.adapter
+        self._sort_key[slot] = BASE_SORT_KEY if adapter is None else adapter.sort_key
+        self._sampling.add(slot, request.wire)
+
+
+def _lora_segments(
+    requests: list[Request], cu_seqlens_q: Int32Array
+) -> tuple[Int32Array, Int32Array, int]:
+    """Runs of requests with one adapter: (segment_indptr, page_tables, max_rank)."""
+    indptr, adapters = [0], []
+    for request, end in zip(requests, cu_seqlens_q[1:].tolist(), strict=True):
+        if request.adapter is None:
+            break
+        if adapters and adapters[-1] is request.adapter:
+            indptr[-1] = end
+        else:
+            adapters.append(request.adapter)
+            indptr.append(end)
+    most_pages = max((len(a.pages) for a in adapters), default=0)
+    page_tables = np.zeros((len(adapters), most_pages), np.int32)
+    for row, adapter in enumerate(adapters):
+        page_tables[row, : len(adapter.pages)] = adapter.page_table
+    max_rank = max((a.max_rank for a in adapters), default=0)
+    return np.array(indptr, np.int32), page_tables, max_rank
+
+
+def _prompt_logprobs_spans(
+    requests: list[Request], num_new_tokens: Int32Array, cu_seqlens_q: Int32Array
+) -> list[PromptLogprobsSpan]:
+    spans = []
+    for index, request in enumerate(requests):
+        num_logprobs = request.wire.sampling_params.prompt_logprobs
+        if num_logprobs is None:
+            continue
+        # Rows of positions [num_computed, end) score tokens one further; the scores of tokens
+        # before `first` were taken before a preemption.
+        first = len(request.prompt_logprobs) + 1
+        start = max(request.num_computed_tokens, first - 1)
+        end = min(
+            request.num_computed_tokens + int(num_new_tokens[index]), request.num_prompt_tokens - 1
+        )
+        if start < end:
+            spans.append(
+                PromptLogprobsSpan(
+                    request=request,
+                    first_row=int(cu_seqlens_q[index]) + start - request.num_computed_tokens,
+                    target_ids=np.array(request.all_token_ids[start + 1 : end + 1], np.int32),
+                    num_logprobs=num_logprobs,
+                )
+            )
+    return spans

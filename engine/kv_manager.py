@@ -1,0 +1,150 @@
+"""KV blocks of requests: allocation, sharing and prefix cache. A block is a page. No torch.
+
+A full block whose tokens are computed gets a key: a hash of all tokens up to its end and of the
+adapter version that computed them, so that KV of one adapter can never serve another.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from hashlib import blake2b
+
+from loraplex.engine.page_pool import Candidate, PagePool, PageState
+from loraplex.engine.request import Request
+
+BlockHash = bytes
+
+
+def hash_block(parent: BlockHash, token_ids: list[int]) -> BlockHash:
+    """The key of a block: of its tokens and of everything before them."""
+    return blake2b(parent + array("i", token_ids).tobytes(), digest_size=16).digest()
+
+
+class KVManager:
+    """Gives requests their blocks and keeps those of finished ones while memory allows."""
+
+    def __init__(
+        self, pool: PagePool, block_size: int, enable_prefix_caching: bool, restore_cost: float
+    ) -> None:
+        """restore_cost: cost of computing the tokens of one block again (see Candidate)."""
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._pool = pool
+        self._restore_cost = restore_cost
+        self._num_users = [0] * pool.num_pages
+        self._page_of: dict[BlockHash, int] = {}
+        self._hash_of: dict[int, BlockHash] = {}
+        # Cached blocks without a user, least recently used first: page -> clock of last use.
+        self._lent: OrderedDict[int, int] = OrderedDict()
+        pool.add_lender(self)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def find_prefix(self, request: Request) -> list[int]:
+        """Pages of the longest computed prefix; one token at least stays to be computed."""
+        if not self.enable_prefix_caching or request.wants_prompt_logprobs:
+            return []
+        pages = []
+        for block_hash in self._hashes(request, (request.num_tokens - 1) // self.block_size):
+            page = self._page_of.get(block_hash)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def num_pages_needed(self, prefix: list[int], num_tokens: int) -> int:
+        """Pages that must come out of `num_available` to run `num_tokens` tokens on that prefix."""
+        num_lent = sum(page in self._lent for page in prefix)
+        return self.num_blocks_for(num_tokens) - len(prefix) + num_lent
+
+    def take_prefix(self, request: Request, prefix: list[int]) -> None:
+        """Make the request, which has no block yet, a user of the prefix's blocks."""
+        assert not request.block_table
+        for page in prefix:
+            if self._num_users[page] == 0:
+                del self._lent[page]
+                self._pool.set_state([page], PageState.KV)
+            self._num_users[page] += 1
+        request.block_table.extend(prefix)
+        request.num_computed_tokens = len(prefix) * self.block_size
+        request.num_keyed_blocks = len(prefix)
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """See to blocks for the request's first `num_tokens` tokens; False if memory lacks."""
+        num_missing = self.num_blocks_for(num_tokens) - len(request.block_table)
+        if num_missing <= 0:
+            return True
+        pages = self._pool.allocate(num_missing, PageState.KV)
+        if pages is None:
+            return False
+        for page in pages:
+            self._num_users[page] = 1
+        request.block_table.extend(pages)
+        return True
+
+    def key_computed_blocks(self, request: Request) -> None:
+        """Enter the blocks that became full and computed into the prefix cache."""
+        num_full = request.num_computed_tokens // self.block_size
+        if not self.enable_prefix_caching or num_full <= request.num_keyed_blocks:
+            return
+        hashes = self._hashes(request, num_full)
+        for index in range(request.num_keyed_blocks, num_full):
+            block_hash, page = hashes[index], request.block_table[index]
+            # Another request may have computed the same block meanwhile: then this one stays
+            # private, and is freed with the request.
+            if block_hash not in self._page_of:
+                self._page_of[block_hash] = page
+                self._hash_of[page] = block_hash
+        request.num_keyed_blocks = num_full
+
+    def release(self, request: Request) -> None:
+        """Take the request off its blocks: keyed ones are lent to the cache, others freed."""
+        freed = []
+        # The tail first, so that it is reclaimed before the head, which more prompts share.
+        for page in reversed(request.block_table):
+            self._num_users[page] -= 1
+            if self._num_users[page] > 0:
+                continue
+            if page in self._hash_of:
+                self._lent[page] = self._pool.clock
+                self._pool.set_state([page], PageState.KV_CACHED)
+            else:
+                freed.append(page)
+        self._pool.free(freed)
+        request.block_table.clear()
+        request.num_keyed_blocks = 0
+
+    def peek_reclaimable(self) -> Candidate | None:
+        if not self._lent:
+            return None
+        return Candidate(next(iter(self._lent.values())), self._restore_cost)
+
+    def reclaim(self) -> list[int]:
+        page, _ = self._lent.popitem(last=False)
+        del self._page_of[self._hash_of.pop(page)]
+        return [page]
+
+    def _hashes(self, request: Request, num_blocks: int) -> list[BlockHash]:
+        """Keys of the request's first blocks, computed once and kept with the request."""
+        hashes, size = request.block_hashes, self.block_size
+        while len(hashes) < num_blocks:
+            start = len(hashes) * size
+            parent = hashes[-1] if hashes else request.prefix_root
+            hashes.append(hash_block(parent, request.all_token_ids[start : start + size]))
+        return hashes[:num_blocks]
+
+    def check_integrity(self, requests: list[Request]) -> None:
+        """Every KV page is exactly as used, keyed and lent as these running requests say."""
+        users = [0] * self._pool.num_pages
+        for request in requests:
+            for page in request.block_table:
+                users[page] += 1
+        assert users == self._num_users
+        for page in range(1, self._pool.num_pages):
+            state = self._pool.state(page)
+            assert (state is PageState.KV) == (users[page] > 0), page
+            assert (state is PageState.KV_CACHED) == (page in self._lent), page
+        assert self._lent.keys() <= self._hash_of.keys()
+        assert {h: p for p, h in self._hash_of.items()} == self._page_of

@@ -1,0 +1,122 @@
+"""Runs the model on a step's batch: the device half of the engine. Knows no scheduling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraplex.attention.backend import AttentionBackend, PlannedAttention
+from loraplex.attention.metadata import AttentionMetadata
+from loraplex.engine import sampler
+from loraplex.engine.models.registry import Model, kv_block_shape
+from loraplex.engine.request import TokenLogprobs
+from loraplex.engine.step import PromptLogprobsSpan, StepBatch, StepResult
+from loraplex.lora.layers import LinearWithLoRA, LoRABatch
+from loraplex.lora.spec import BaseModelSpec
+
+# Rows of prompt logits computed at a time: a row of logits is as large as the vocabulary.
+PROMPT_LOGITS_ROWS = 256
+
+
+@dataclass(slots=True)
+class DeviceBatch:
+    """The batch as the model's layers see it."""
+
+    attention: PlannedAttention
+    kv_caches: list[tuple[torch.Tensor, torch.Tensor]]
+    lora: LoRABatch | None
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k_cache, v_cache = self.kv_caches[layer]
+        self.attention.write_kv(k, v, k_cache, v_cache)
+        return self.attention.run(q, k_cache, v_cache).flatten(1)
+
+
+class ModelRunner:
+    """Owns the model and the memory of the pool."""
+
+    def __init__(
+        self,
+        model: Model,
+        hf_config: Any,
+        spec: BaseModelSpec,
+        backend: AttentionBackend,
+        pool_memory: torch.Tensor,
+        block_size: int,
+    ) -> None:
+        """pool_memory: uint8 [num_pages, page_bytes]."""
+        self._model = model
+        self._backend = backend
+        self._pool_memory = pool_memory
+        self._spec = spec
+        pages = pool_memory.view(model.embedding.dtype)
+        kv = pages.view(-1, *kv_block_shape(hf_config, block_size))
+        self._kv_caches = [(kv[:, layer, 0], kv[:, layer, 1]) for layer in range(kv.shape[1])]
+        self._most_modules = wrap_linears(model, spec)
+
+    @torch.inference_mode()
+    def execute(self, batch: StepBatch) -> StepResult:
+        """Compute the step's tokens, and sample where a request has all its tokens computed."""
+        device_batch = DeviceBatch(
+            attention=self._backend.plan(_attention_metadata(batch)),
+            kv_caches=self._kv_caches,
+            lora=self._lora_batch(batch),
+        )
+        token_ids = torch.from_numpy(batch.token_ids)
+        hidden = self._model.forward(token_ids, torch.from_numpy(batch.positions), device_batch)
+        prompt_logprobs = [self._score_prompt(span, hidden) for span in batch.prompt_logprobs]
+        if len(batch.sampled) == 0:
+            return StepResult(token_ids=[], logprobs=None, prompt_logprobs=prompt_logprobs)
+        logits = self._model.logits(hidden[torch.from_numpy(batch.logits_rows)])
+        sampled = sampler.sample(logits, batch.sampling)
+        return StepResult(
+            token_ids=sampled.token_ids.tolist(),
+            logprobs=sampled.logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _lora_batch(self, batch: StepBatch) -> LoRABatch | None:
+        if batch.max_rank == 0:
+            return None
+        num_rows = int(batch.segment_indptr[-1])
+        return LoRABatch(
+            pool=self._pool_memory,
+            segment_indptr=torch.from_numpy(batch.segment_indptr),
+            page_tables=torch.from_numpy(batch.page_tables),
+            num_modules=self._spec.num_modules,
+            shrunk=torch.empty(num_rows, self._most_modules, batch.max_rank),
+        )
+
+    def _score_prompt(self, span: PromptLogprobsSpan, hidden: torch.Tensor) -> list[TokenLogprobs]:
+        scores: list[TokenLogprobs] = []
+        for start in range(0, len(span.target_ids), PROMPT_LOGITS_ROWS):
+            target_ids = torch.from_numpy(span.target_ids[start : start + PROMPT_LOGITS_ROWS])
+            row = span.first_row + start
+            logits = self._model.logits(hidden[row : row + len(target_ids)])
+            scores += sampler.prompt_logprobs(logits, target_ids.long(), span.num_logprobs)
+        return scores
+
+
+def wrap_linears(model: Model, spec: BaseModelSpec) -> int:
+    """Let adapters attach to every linear; returns the most modules that one linear fuses."""
+    module_ids = {module.name: index for index, module in enumerate(spec.modules)}
+    most_modules = 0
+    for layer in model.layers:
+        for name, linear in list(layer.linears()):
+            modules = [module_ids[module] for module in linear.out_features]
+            widths = list(linear.out_features.values())
+            setattr(layer, name, LinearWithLoRA(linear, layer.index, modules, widths))
+            most_modules = max(most_modules, len(modules))
+    return most_modules
+
+
+def _attention_metadata(batch: StepBatch) -> AttentionMetadata:
+    return AttentionMetadata(
+        cu_seqlens_q=torch.from_numpy(batch.cu_seqlens_q),
+        seq_lens=torch.from_numpy(batch.seq_lens),
+        block_table=torch.from_numpy(batch.block_table),
+        slot_mapping=torch.from_numpy(batch.slot_mapping),
+        max_query_len=int(batch.num_new_tokens.max()),
+    )

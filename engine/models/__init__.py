@@ -1,0 +1,1 @@
+"""Model architectures and weight loading. Models know neither LoRA nor the attention backend."""

@@ -1,0 +1,48 @@
+"""What the engine needs to know of a checkpoint's config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def read_model_config(path: Path) -> Any:
+    """The transformers config of a local model directory.
+
+    Raises ValueError if there is none, or none that transformers understands.
+    """
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model={str(path)!r} has no config.json: it is not a model directory")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"config.json of model={str(path)!r} can't be read: {error}") from error
+
+
+def resolve_dtype(requested: str, config: Any) -> torch.dtype:
+    """The dtype to run in: what the user asked for, or the checkpoint's.
+
+    float16 checkpoints run in bfloat16, whose range holds theirs.
+    """
+    if requested != "auto":
+        return DTYPES[requested]
+    dtype = config.dtype
+    if dtype == torch.float16:
+        return torch.bfloat16
+    if dtype not in DTYPES.values():
+        raise ValueError(
+            f"dtype='auto' found {dtype} in the checkpoint, which is not supported: "
+            f"choose one of {', '.join(DTYPES)}"
+        )
+    return dtype
+
+
+def head_dim(config: Any) -> int:
+    """Elements of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,0 +1,56 @@
+"""Row-wise operations of the models. For tensors in host memory, by the native library.
+
+x, q, k and gate_up are bfloat16 or float32, with stride 1 in the last dimension and any strides
+before it. All compute in float32 and round once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from loraplex import native
+
+Tensor = torch.Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of the rows of x, [num_tokens, size] or [num_tokens, num_heads, size].
+
+    Semantics: x * rsqrt(mean(x ** 2, -1) + eps) * weight
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    native.rms_norm(out, x, weight, eps)
+    return out
+
+
+def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    """Adds x to the residual stream, in place, and leaves the stream's norm in x.
+
+    Semantics: residual += x; x[:] = rms_norm(residual, weight, eps)
+    """
+    native.fused_add_rms_norm(x, residual, weight, eps)
+
+
+def apply_rope(positions: Tensor, q: Tensor, k: Tensor, cos_sin_cache: Tensor) -> None:
+    """Rotary position embedding in place, NeoX style: dimension i turns with i + rotary_dim / 2.
+
+    positions int64 [num_tokens]; q [num_tokens, num_heads, head_dim] and k likewise; cos_sin_cache
+    float32 [max_position, rotary_dim], cosines in the first half of a row and sines in the second,
+    rotary_dim <= head_dim.
+
+    Semantics, for q and k:
+        cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, -1)
+        first, second = q[..., :rotary_dim].chunk(2, -1)
+        q[..., :rotary_dim] = cat((first * cos - second * sin, second * cos + first * sin), -1)
+    """
+    native.apply_rope(positions, q, k, cos_sin_cache)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """The gated activation of the MLP: gate_up [num_tokens, 2 * size] -> [num_tokens, size].
+
+    Semantics: gate, up = gate_up.chunk(2, -1); silu(gate) * up
+    """
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    native.silu_and_mul(out, gate_up)
+    return out

@@ -1,0 +1,200 @@
+"""The vocabulary of the engine: what a request is, on the wire and inside the core. No torch."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from loraplex.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from loraplex.engine.adapter_manager import Adapter
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """Names an adapter. The name is what users and metrics see, the path is where it is read from."""
+
+    lora_name: str
+    lora_path: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.lora_name:
+            raise ValueError("lora_name='' is not allowed: an adapter needs a name")
+        if not self.lora_path:
+            raise ValueError(
+                f"lora_path={self.lora_path!r} of adapter {self.lora_name!r} is not allowed: "
+                "give the directory that holds adapter_config.json"
+            )
+
+
+class ModelInfo(msgspec.Struct, kw_only=True):
+    """What the front needs to know of the model that the core runs."""
+
+    model_name: str
+    """How the model is named to users: a hub id, or the last part of a local path."""
+    tokenizer_path: str
+    """Local directory of the tokenizer."""
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class EngineRequest(msgspec.Struct, kw_only=True):
+    """One completion wanted of the engine core (a user's request with n > 1 is n of these)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    """Its `stop`, `n` and `detokenize` are the front's business: the core knows no text."""
+    max_tokens: int
+    """sampling_params.max_tokens, or what the model's length leaves."""
+    eos_token_ids: list[int]
+    seed: int
+    """The sampling seed: the user's, or one drawn for the request."""
+    lora_request: LoRARequest | None = None
+    tenant: str = ""
+    """Service is shared fairly between (tenant, adapter) pairs."""
+    arrival_time: float = msgspec.field(default_factory=time.monotonic)
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities at one position: the chosen token first, then the most likely ones."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+class EngineOutput(msgspec.Struct, kw_only=True):
+    """What one step gave one request."""
+
+    request_id: str
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry for each of new_token_ids, where the request asked for logprobs."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """For prompt tokens 1..end (the first has none), in the output in which prefill ended."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    first_scheduled_time: float = 0.0
+    error: str | None = None
+    """With finish_reason "error": what was wrong, in words for the user."""
+    error_status: int = 500
+    """The HTTP status that fits the error: 400 for the user's mistake, 404 not found, 500 ours."""
+
+
+class RequestStatus(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Request:
+    """A request inside the core.
+
+    Every request has num_tokens and num_computed_tokens, and each step moves the second towards
+    the first.
+    """
+
+    __slots__ = (
+        "adapter",
+        "all_token_ids",
+        "block_hashes",
+        "block_table",
+        "first_scheduled_time",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_keyed_blocks",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "prompt_logprobs",
+        "slot",
+        "status",
+        "stop_token_ids",
+        "wire",
+    )
+
+    def __init__(self, wire: EngineRequest, adapter: Adapter | None) -> None:
+        params = wire.sampling_params
+        self.wire = wire
+        self.adapter = adapter
+        self.status = RequestStatus.WAITING
+        self.all_token_ids = list(wire.prompt_token_ids)
+        self.num_prompt_tokens = len(wire.prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.first_scheduled_time = 0.0
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.stop_token_ids = frozenset(params.stop_token_ids)
+        # The KV manager's: the pages of its tokens, and the keys of its full blocks.
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_keyed_blocks = 0
+        # The input batch's: its row there while it runs.
+        self.slot = -1
+
+    @property
+    def request_id(self) -> str:
+        return self.wire.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.all_token_ids) - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.wire.sampling_params.prompt_logprobs is not None
+
+    @property
+    def prefix_root(self) -> bytes:
+        """What the keys of its KV blocks start from: its adapter version, or the base model."""
+        return b"" if self.adapter is None else self.adapter.version
+
+    @property
+    def service_key(self) -> tuple[str, bytes]:
+        """Whose service counter this request is charged to."""
+        return self.wire.tenant, self.prefix_root
+
+    def finish_reason_at(self, token_id: int) -> tuple[FinishReason | None, int | None]:
+        """Whether the token just appended ends the request: (finish_reason, stop_reason)."""
+        params, num_output_tokens = self.wire.sampling_params, self.num_output_tokens
+        if num_output_tokens >= params.min_tokens:
+            if token_id in self.stop_token_ids:
+                return FinishReason.STOP, token_id
+            if token_id in self.wire.eos_token_ids and not params.ignore_eos:
+                return FinishReason.STOP, None
+        if num_output_tokens >= self.wire.max_tokens:
+            return FinishReason.LENGTH, None
+        return None, None
+
+
+class RequestError(ValueError):
+    """A request failed for a reason of its own; `status` is the HTTP status that fits."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def describe(value: Any, limit: int = 200) -> str:
+    """A value as an error message shows it: its repr, cut where it gets long."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,329 @@
+"""Logits to tokens. Works on tensors of any device; knows no requests.
+
+The order of things: log-probabilities are of the raw logits; then logit_bias, min_tokens and the
+penalties; then, for rows that are not greedy, temperature, min_p, top_k, top_p and the inverse of
+the cumulative distribution at the row's one uniform number. Where tokens are ranked, it is by logit
+and among equals by token id, so that ties depend neither on the device nor on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loraplex.engine.request import TokenLogprobs
+from loraplex.engine.sampling_state import (
+    LogitAdjustments,
+    SamplingBatch,
+    TokensOfRows,
+)
+
+Int64Array = npt.NDArray[np.int64]
+
+# Logits worked on at a time. On the CPU, temporaries of more than some MB come from the operating
+# system anew each time, which costs several times the arithmetic.
+CPU_CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 26
+
+# top_k, top_p and min_p look at the likeliest tokens: so many first, and so many times more while
+# that does not decide a row.
+NUM_CANDIDATES = 256
+CANDIDATES_GROWTH = 4
+
+# To find the largest elements of a row, maxima over so many stripes of it come first.
+NUM_STRIPES = 16
+
+# Width of the blocks in which the inverse of a cumulative distribution is searched.
+BLOCK = 256
+
+
+@dataclass(slots=True)
+class SamplerOutput:
+    token_ids: Int64Array
+    """[R]"""
+    logprobs: list[TokenLogprobs | None] | None
+    """[R], None for rows that asked for none; None if no row asked."""
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> SamplerOutput:
+    """A token for each row. logits: [R, vocab_size] of any floating type; they stay as they are."""
+    all_rows = np.arange(len(logits))
+    adjustments = batch.adjustments
+    if adjustments is None:
+        token_ids = _choose(logits, batch, all_rows)
+    else:
+        token_ids = np.empty(len(logits), np.int64)
+        plain = np.delete(all_rows, adjustments.rows)
+        token_ids[plain] = _choose(_take(logits, plain), batch, plain)
+        for part in _chunks(adjustments.rows, logits):
+            rows = adjustments.rows[part]
+            adjusted = _adjust(_take(logits, rows), adjustments, part)
+            token_ids[rows] = _choose(adjusted, batch, rows)
+    return SamplerOutput(token_ids=token_ids, logprobs=_score_sampled(logits, batch, token_ids))
+
+
+def prompt_logprobs(
+    logits: torch.Tensor, target_ids: torch.Tensor, num_logprobs: int
+) -> list[TokenLogprobs]:
+    """What each row's logits [N, vocab_size] say of the token, int64 [N], that followed it."""
+    scores: list[TokenLogprobs] = []
+    for part in _chunks(target_ids, logits):
+        scores += _score(logits[part], target_ids[part], num_logprobs)
+    return scores
+
+
+def _choose(logits: torch.Tensor, batch: SamplingBatch, batch_rows: Int64Array) -> Int64Array:
+    """A token for each row of logits; they are these rows of the batch."""
+    is_random = batch.temperature[batch_rows] > 0
+    has_top_p = batch.top_p[batch_rows] < 1
+    has_bound = (batch.top_k[batch_rows] < logits.shape[1]) | (batch.min_p[batch_rows] > 0)
+    token_ids = np.empty(len(batch_rows), np.int64)
+    for is_mine, choose in (
+        (~is_random, _choose_greedy),
+        (is_random & ~has_top_p & ~has_bound, _choose_of_all),
+        (is_random & has_top_p & ~has_bound, _choose_by_top_p),
+        (is_random & has_bound, _choose_by_bounds),
+    ):
+        mine = np.flatnonzero(is_mine)
+        for part in _chunks(mine, logits):
+            rows = mine[part]
+            token_ids[rows] = choose(_take(logits, rows), batch, batch_rows[rows])
+    return token_ids
+
+
+def _choose_greedy(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int64Array:
+    if logits.device.type == "cpu":
+        # numpy's argmax takes a tenth of the time of torch's; it has no bfloat16.
+        return logits.float().numpy().argmax(-1)
+    return logits.argmax(-1).cpu().numpy()
+
+
+def _choose_of_all(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int64Array:
+    vocab_size = logits.shape[1]
+    probs = _probabilities(logits, batch, rows)
+    # The cumulative distribution of blocks first, and then that of one block.
+    in_blocks = vocab_size - vocab_size % BLOCK
+    masses = probs[:, :in_blocks].unflatten(1, (-1, BLOCK)).sum(-1)
+    if in_blocks < vocab_size:
+        masses = torch.cat([masses, probs[:, in_blocks:].sum(-1, keepdim=True)], 1)
+    block, uniform = _invert_cumulative(masses, _column(batch.uniform, rows, logits))
+    token_ids = block * BLOCK + torch.arange(BLOCK, device=logits.device)
+    probs_in_block = probs.gather(1, token_ids.clamp(max=vocab_size - 1))
+    index, _ = _invert_cumulative(probs_in_block * (token_ids < vocab_size), uniform)
+    return token_ids.gather(1, index)[:, 0].cpu().numpy()
+
+
+def _choose_by_top_p(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int64Array:
+    """For rows with top_p alone: it is a share of the mass of all tokens."""
+    largest = _probabilities(logits, batch, rows).amax(-1, keepdim=True)
+    return _choose_of_likely(logits, batch, rows, 1 / largest.double())
+
+
+def _choose_by_bounds(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int64Array:
+    """For rows with top_k or min_p: top_p is a share of the mass that they leave, which is not
+    known before they are decided."""
+    unknown = torch.full((len(rows), 1), torch.inf, dtype=torch.float64, device=logits.device)
+    return _choose_of_likely(logits, batch, rows, unknown)
+
+
+def _choose_of_likely(
+    logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array, mass: torch.Tensor
+) -> Int64Array:
+    """By min_p, top_k and top_p. mass [N, 1]: the weights' sum, if it is known at once."""
+    token_ids = np.empty(len(rows), np.int64)
+    left, num_candidates = np.arange(len(rows)), NUM_CANDIDATES
+    while len(left):
+        num_candidates = min(num_candidates, logits.shape[1])
+        chosen = _choose_of_candidates(
+            _take(logits, left), batch, rows[left], _take(mass, left), num_candidates
+        )
+        token_ids[left] = chosen
+        left = left[chosen < 0]
+        num_candidates *= CANDIDATES_GROWTH
+    return token_ids
+
+
+def _choose_of_candidates(
+    logits: torch.Tensor,
+    batch: SamplingBatch,
+    rows: Int64Array,
+    mass: torch.Tensor,
+    num_candidates: int,
+) -> Int64Array:
+    """A token for each row; -1 where more candidates are needed.
+
+    What min_p, top_k and top_p keep of the ranked tokens is a beginning of them. It is clear cut if
+    its last token ranks above the last candidate by its logit: then nothing beyond the candidates
+    belongs to it.
+    """
+    values, token_ids = _largest(logits, num_candidates)
+
+    def is_clear_cut(is_kept: torch.Tensor) -> torch.Tensor:
+        if num_candidates == logits.shape[1]:
+            return torch.ones_like(is_kept[:, :1])
+        return values.gather(1, is_kept.sum(-1, keepdim=True) - 1) > values[:, -1:]
+
+    scaled = values.float() / _column(batch.temperature, rows, logits)
+    weights = (scaled - scaled[:, :1]).double().exp()  # probabilities, relative to the largest
+    is_kept = weights >= _column(batch.min_p, rows, logits)
+    is_kept &= torch.arange(num_candidates, device=logits.device) < _column(
+        batch.top_k, rows, logits
+    )
+    mass = torch.where(is_clear_cut(is_kept), (weights * is_kept).sum(-1, keepdim=True), mass)
+    top_p = _column(batch.top_p, rows, logits)
+    is_kept &= (weights.cumsum(-1) - weights < top_p * mass) | (top_p == 1)
+    index, _ = _invert_cumulative(weights * is_kept, _column(batch.uniform, rows, logits))
+    chosen = torch.where(is_clear_cut(is_kept), token_ids.gather(1, index), -1)
+    return chosen[:, 0].cpu().numpy()
+
+
+def _probabilities(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> torch.Tensor:
+    return torch.softmax(logits.float() / _column(batch.temperature, rows, logits), -1)
+
+
+def _invert_cumulative(
+    weights: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the cumulative sum of weights [N, M] passes uniform, float64 [N, 1], times its end.
+
+    Returns the indices, int64 [N, 1], never of weight 0, and how far into its weight each number
+    fell, in [0, 1): another uniform number.
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    target = uniform * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    end, weight = cumulative.gather(1, index), weights.gather(1, index)
+    return index, (1 - (end - target) / weight).clamp(0, 1 - 2.0**-53)
+
+
+def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The count largest of each row and their token ids, [N, count] each, ranked.
+
+    Of tokens that equal the last one, some may be left out in favour of others with larger ids.
+    """
+    vocab_size = logits.shape[1]
+    if vocab_size % NUM_STRIPES or 2 * NUM_STRIPES * count > vocab_size:
+        values, token_ids = logits.topk(count, sorted=False)
+    else:
+        # Columns of stripes: the largest elements are in those with the largest maxima.
+        width = vocab_size // NUM_STRIPES
+        columns = logits.unflatten(1, (NUM_STRIPES, width)).amax(1).topk(count, sorted=False)[1]
+        starts = torch.arange(0, vocab_size, width, device=logits.device)
+        token_ids = (starts[:, None] + columns[:, None, :]).flatten(1)
+        values, index = logits.gather(1, token_ids).topk(count, sorted=False)
+        token_ids = token_ids.gather(1, index)
+    # One integer that is ordered like (value, -token_id): a float's bits are, but for the sign
+    # (and for -0, to which adding 0 gives 0).
+    bits = (values.float() + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    order = ((ordered << 32) - token_ids).argsort(descending=True)
+    return values.gather(1, order), token_ids.gather(1, order)
+
+
+def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: slice) -> torch.Tensor:
+    """Logits of these of the adjusted rows with bias, min_tokens and penalties; a float32 copy."""
+
+    def locate(tokens: TokensOfRows) -> tuple[torch.Tensor, torch.Tensor, slice]:
+        start, stop = np.searchsorted(tokens.rows, (part.start, part.stop))
+        rows = _to(logits, tokens.rows[start:stop] - part.start)
+        return rows, _to(logits, tokens.token_ids[start:stop]), slice(start, stop)
+
+    adjusted = logits.to(torch.float32, copy=True)
+    rows, token_ids, found = locate(adjustments.biased)
+    adjusted[rows, token_ids] += _to(logits, adjustments.biases[found])
+    rows, token_ids, _ = locate(adjustments.forbidden)
+    adjusted[rows, token_ids] = -torch.inf
+
+    prompt_rows, prompt_ids, _ = locate(adjustments.prompt)
+    rows, token_ids, _ = locate(adjustments.output)
+    # Where a token is there several times, the same is written several times.
+    seen_rows, seen_ids = torch.cat([prompt_rows, rows]), torch.cat([prompt_ids, token_ids])
+    seen = adjusted[seen_rows, seen_ids]
+    repetition = _to(logits, adjustments.repetition[part])[seen_rows]
+    adjusted[seen_rows, seen_ids] = torch.where(seen > 0, seen / repetition, seen * repetition)
+    adjusted[rows, token_ids] -= _to(logits, adjustments.presence[part])[rows]
+    frequency = _to(logits, adjustments.frequency[part])[rows]
+    return adjusted.index_put_((rows, token_ids), -frequency, accumulate=True)
+
+
+def _score_sampled(
+    logits: torch.Tensor, batch: SamplingBatch, token_ids: Int64Array
+) -> list[TokenLogprobs | None] | None:
+    wanted = np.flatnonzero(batch.num_logprobs >= 0)
+    if len(wanted) == 0:
+        return None
+    scores: list[TokenLogprobs | None] = [None] * len(token_ids)
+    for part in _chunks(wanted, logits):
+        rows = wanted[part]
+        most = int(batch.num_logprobs[rows].max())
+        found = _score(_take(logits, rows), _to(logits, token_ids[rows]), most)
+        for row, score in zip(rows.tolist(), found, strict=True):
+            num_entries = 1 + int(batch.num_logprobs[row])
+            scores[row] = TokenLogprobs(
+                token_ids=score.token_ids[:num_entries],
+                logprobs=score.logprobs[:num_entries],
+                ranks=score.ranks[:num_entries],
+            )
+    return scores
+
+
+def _score(logits: torch.Tensor, chosen: torch.Tensor, num_logprobs: int) -> list[TokenLogprobs]:
+    """Of each row [N, vocab_size]: its chosen token, int64 [N], and the num_logprobs likeliest."""
+    vocab_size = logits.shape[1]
+    chosen = chosen[:, None]
+    value = logits.gather(1, chosen)
+    all_ids = torch.arange(vocab_size, device=logits.device)
+    is_before = (logits > value) | ((logits == value) & (all_ids < chosen))
+    rank = 1 + is_before.sum(-1, keepdim=True)
+    likeliest = _likeliest(logits, min(num_logprobs, vocab_size))
+    ranks = torch.arange(1, 1 + likeliest.shape[1], device=logits.device).expand_as(likeliest)
+    token_ids = torch.cat([chosen, likeliest], 1)
+    logprobs = torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, token_ids)
+    return [
+        TokenLogprobs(*entry)
+        for entry in zip(
+            token_ids.tolist(), logprobs.tolist(), torch.cat([rank, ranks], 1).tolist(), strict=True
+        )
+    ]
+
+
+def _likeliest(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Token ids of the count largest of each row, [N, count], ranked."""
+    num_candidates = NUM_CANDIDATES
+    while count:
+        num_candidates = min(num_candidates, logits.shape[1])
+        values, token_ids = _largest(logits, num_candidates)
+        is_clear_cut = (values[:, count - 1] > values[:, -1]).all()
+        if num_candidates == logits.shape[1] or is_clear_cut:
+            return token_ids[:, :count]
+        num_candidates *= CANDIDATES_GROWTH
+    return torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
+
+
+def _chunks(rows: Sized, logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of the rows, so that a slice's logits are not too many to work on at a time."""
+    most = CPU_CHUNK_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS
+    step = max(1, most // logits.shape[1])
+    for start in range(0, len(rows), step):
+        yield slice(start, min(start + step, len(rows)))
+
+
+def _take(tensor: torch.Tensor, rows: Int64Array) -> torch.Tensor:
+    """These rows, ascending, of a tensor; a view if they are side by side."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return tensor[rows[0] : rows[-1] + 1]
+    return tensor[_to(tensor, rows)]
+
+
+def _to(tensor: torch.Tensor, array: npt.NDArray) -> torch.Tensor:
+    """The array on the tensor's device."""
+    return torch.from_numpy(array).to(tensor.device, non_blocking=True)
+
+
+def _column(parameter: npt.NDArray, rows: Int64Array, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter of these rows as a column, [N, 1], on the tensor's device."""
+    return _to(tensor, parameter[rows])[:, None]

@@ -1,0 +1,133 @@
+"""How one request wants its tokens chosen and when to stop. Pure data; the sampler does the work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_LOGPROBS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling and stopping parameters of one request, with vLLM's names and defaults.
+
+    Raises ValueError, naming the field, the value and what is allowed.
+    """
+
+    n: int = 1
+    """Completions to generate for the prompt."""
+    temperature: float = 1.0
+    """0 is greedy; larger is more random."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 or -1 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least this."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divide (positive) or multiply (negative) the logits of tokens in prompt or output by this."""
+    presence_penalty: float = 0.0
+    """Subtract this once from the logit of every token already in the output."""
+    frequency_penalty: float = 0.0
+    """Subtract this from the logit of a token for every time it is in the output."""
+    seed: int | None = None
+    """With a seed, the same request gives the same tokens, whatever else is in the batch."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the output; a single string is taken as one."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the output, beside the model's end-of-sequence ids."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string at the end of the text."""
+    min_tokens: int = 0
+    """No end of sequence, stop token or stop string before this many tokens."""
+    max_tokens: int | None = 16
+    """At most this many tokens; None generates up to the model's length."""
+    ignore_eos: bool = False
+    """Go on after the end-of-sequence token."""
+    logprobs: int | None = None
+    """Report the log-probabilities of this many most likely tokens, and of the chosen one."""
+    prompt_logprobs: int | None = None
+    """The same for every prompt token."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Add to the logits of these token ids, each in [-100, 100]."""
+    detokenize: bool = True
+    """Produce text; without it only token ids come back."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(
+            self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()}
+        )
+        self._check_types()
+        self._check_ranges()
+
+    def _check_types(self) -> None:
+        for name in ("n", "top_k", "min_tokens"):
+            _check(name, getattr(self, name), _is_int(getattr(self, name)), "an integer")
+        for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(name, value, value is None or _is_int(value), "an integer or None")
+        for name in (
+            "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+            "frequency_penalty",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            _check(name, value, is_number and math.isfinite(value), "a finite number")
+        _check("stop", self.stop, all(isinstance(s, str) and s for s in self.stop),
+               "a non-empty string or several")  # fmt: skip
+        _check("stop_token_ids", self.stop_token_ids,
+               all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
+               "token ids of 0 or more")  # fmt: skip
+
+    def _check_ranges(self) -> None:
+        _check("n", self.n, 1 <= self.n <= 128, "1 to 128")
+        _check("temperature", self.temperature, 0 <= self.temperature <= 100, "0 to 100")
+        _check("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (all), or 1 and more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, up to 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
+        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 100,
+               "above 0, up to 100")  # fmt: skip
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "-2 to 2")
+        if self.seed is not None:
+            _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "a 64-bit integer")
+        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more")
+        if self.max_tokens is not None:
+            _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more, or None")
+            _check("min_tokens", self.min_tokens, self.min_tokens <= self.max_tokens,
+                   f"at most max_tokens={self.max_tokens}")  # fmt: skip
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _check(name, value, 0 <= value <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}, or None")
+        for token_id, bias in self.logit_bias.items():
+            _check(f"logit_bias[{token_id}]", bias, token_id >= 0 and -100 <= bias <= 100,
+                   "a token id of 0 or more with a bias of -100 to 100")  # fmt: skip
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(name: str, value: Any, is_allowed: bool, allowed: str) -> None:
+    if not is_allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")

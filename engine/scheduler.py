@@ -1,0 +1,292 @@
+"""Decides what each step computes: admission by memory, chunked prefill, preemption. No torch."""
+
+from __future__ import annotations
+
+import time
+
+from loraplex.engine.adapter_manager import Adapter, AdapterManager, Residency
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.fair_queue import FairQueue
+from loraplex.engine.kv_manager import KVManager
+from loraplex.engine.page_pool import PagePool
+from loraplex.engine.request import (
+    EngineOutput,
+    FinishReason,
+    Request,
+    RequestError,
+    RequestStatus,
+)
+from loraplex.engine.step import StepBatch, StepPlan, StepResult
+
+
+class Scheduler:
+    """Owns all requests: waiting ones in a fair queue, running ones in order of admission."""
+
+    def __init__(
+        self, config: EngineConfig, pool: PagePool, kv: KVManager, adapters: AdapterManager
+    ) -> None:
+        self._max_num_seqs = config.max_num_seqs
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._adapter_affinity_tokens = config.adapter_affinity_tokens
+        self._pool = pool
+        self._kv = kv
+        self._adapters = adapters
+        self._waiting = FairQueue()
+        self._running: list[Request] = []
+        self._stopped: list[Request] = []
+        self._requests: dict[str, Request] = {}
+        self._outputs: list[EngineOutput] = []
+        self.num_preemptions = 0
+        self.num_prefix_hit_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
+
+    # -- requests in and out ---------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Raises RequestError if the request could never run."""
+        if request.request_id in self._requests:
+            raise RequestError(f"request_id={request.request_id!r} is in use by another request")
+        self._check_fits(request, num_adapter_pages=0)
+        self._requests[request.request_id] = request
+        self._waiting.enter(request)
+        if request.adapter is not None:
+            self._adapters.prefetch(request.adapter)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; unknown and finished ones are ignored."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._take_out(request)
+            self._finish(request, FinishReason.ABORT)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._requests) or bool(self._outputs)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    # -- one step --------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Choose the tokens of the next step.
+
+        There is no prefill phase and no decode phase: every request has num_tokens and
+        num_computed_tokens, and each step moves the second towards the first. Chunked prefill,
+        prefix hits, decoding and preemption by recompute are all this.
+        """
+        self._pool.clock += 1
+        self._adapters.finish_copies()
+        plan = StepPlan()
+        budget = self._schedule_running(plan)
+        self._admit_waiting(plan, budget)
+        plan.stopped, self._stopped = self._stopped, []
+        return plan
+
+    def _schedule_running(self, plan: StepPlan) -> int:
+        """Move running requests on; returns what is left of the token budget."""
+        budget = self._max_num_batched_tokens
+        # Decodes first: a long prompt must not hold up those who are already talking.
+        is_decode = [r.num_tokens - r.num_computed_tokens == 1 for r in self._running]
+        decodes = [r for r, d in zip(self._running, is_decode, strict=True) if d]
+        prefills = [r for r, d in zip(self._running, is_decode, strict=True) if not d]
+        for request in decodes + prefills:
+            if request.status is not RequestStatus.RUNNING or budget == 0:
+                continue
+            num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            while not self._kv.grow(request, request.num_computed_tokens + num_new_tokens):
+                # The last admitted goes first, so that the oldest always gets on.
+                victim = self._running[-1]
+                budget += plan.num_new_tokens.pop(victim, 0)
+                self._preempt(victim)
+                if victim is request:
+                    break
+            else:
+                plan.num_new_tokens[request] = num_new_tokens
+                budget -= num_new_tokens
+        return budget
+
+    def _admit_waiting(self, plan: StepPlan, budget: int) -> None:
+        if budget == 0 or len(self._running) >= self._max_num_seqs:
+            return
+        for request in self._waiting.candidates(self._handicap):
+            try:
+                is_ready = self._bring_adapter(request)
+            except ValueError as error:
+                self._waiting.remove(request)
+                self._finish_with_error(request, error)
+                continue
+            if is_ready is None:
+                continue
+            num_new_tokens = self._admit(request, budget) if is_ready else 0
+            if num_new_tokens == 0:
+                # Memory lacks. Letting others pass would keep taking what this one waits for.
+                return
+            plan.num_new_tokens[request] = num_new_tokens
+            budget -= num_new_tokens
+            if budget == 0 or len(self._running) >= self._max_num_seqs:
+                return
+
+    def _handicap(self, request: Request) -> int:
+        """Bounded preference for adapters that need no load, and for the base model."""
+        adapter = request.adapter
+        if adapter is None or adapter.residency is Residency.RESIDENT:
+            return 0
+        return self._adapter_affinity_tokens
+
+    def _bring_adapter(self, request: Request) -> bool | None:
+        """True: its adapter is there. None: it is on its way. False: no memory for it yet.
+
+        Raises ValueError if the adapter cannot be served to this request.
+        """
+        adapter = request.adapter
+        if adapter is None or adapter.residency is Residency.RESIDENT:
+            return True
+        if adapter.residency is Residency.COPYING:
+            return None
+        num_pages = self._adapters.num_pages(adapter)
+        if num_pages is None:
+            return None
+        self._check_fits(request, num_pages)
+        return None if self._adapters.start_copy(adapter, num_pages) else False
+
+    def _admit(self, request: Request, budget: int) -> int:
+        """Start or resume a request; returns its tokens for this step, 0 if memory lacks."""
+        prefix = self._kv.find_prefix(request)
+        num_computed_tokens = len(prefix) * self._kv.block_size
+        num_new_tokens = min(request.num_tokens - num_computed_tokens, budget)
+        num_pages = self._kv.num_pages_needed(prefix, num_computed_tokens + num_new_tokens)
+        adapter = request.adapter
+        if adapter is not None and adapter.num_users == 0:
+            num_pages += len(adapter.pages)  # Idle pages count as available, but are taken now.
+        # A page for each running request to grow by, lest one admitted now is preempted at once.
+        if num_pages + len(self._running) > self._pool.num_available:
+            return 0
+        if adapter is not None:
+            self._adapters.acquire(adapter)
+        self._kv.take_prefix(request, prefix)
+        has_grown = self._kv.grow(request, num_computed_tokens + num_new_tokens)
+        assert has_grown
+        self._waiting.remove(request)
+        self._running.append(request)
+        request.status = RequestStatus.RUNNING
+        if request.num_preemptions == 0:
+            request.first_scheduled_time = time.monotonic()
+            request.num_cached_tokens = num_computed_tokens
+            self.num_prefix_hit_tokens += num_computed_tokens
+            self.num_prompt_tokens += request.num_prompt_tokens
+            self._waiting.charge(request, request.num_prompt_tokens, 0)
+        return num_new_tokens
+
+    def _preempt(self, request: Request) -> None:
+        """Give its memory to others; it starts over from the prefix cache later."""
+        self._take_out(request)
+        request.status = RequestStatus.WAITING
+        request.num_preemptions += 1
+        request.num_computed_tokens = 0
+        self.num_preemptions += 1
+        self._waiting.push_front(request)
+
+    def _take_out(self, request: Request) -> None:
+        """Off the queue it is in, and off what it holds."""
+        if request.status is RequestStatus.WAITING:
+            self._waiting.remove(request)
+            return
+        self._running.remove(request)
+        self._stopped.append(request)
+        self._kv.release(request)
+        if request.adapter is not None:
+            self._adapters.release(request.adapter)
+
+    def _check_fits(self, request: Request, num_adapter_pages: int) -> None:
+        """A request must fit the empty pool, alone with its adapter, or it would wait forever."""
+        num_tokens = request.num_prompt_tokens + request.wire.max_tokens
+        num_pages = self._kv.num_blocks_for(num_tokens) + num_adapter_pages
+        if num_pages > self._pool.num_usable:
+            raise RequestError(
+                f"prompt ({request.num_prompt_tokens} tokens) plus max_tokens "
+                f"({request.wire.max_tokens}) and its adapter ({num_adapter_pages} pages) need "
+                f"{num_pages} pages of the pool, which has {self._pool.num_usable}: shorten the "
+                "request or raise pool_bytes"
+            )
+
+    # -- after the step --------------------------------------------------------------------
+
+    def update(self, batch: StepBatch, result: StepResult) -> list[EngineOutput]:
+        """Take the step's tokens in; returns what there is to tell."""
+        for request, num_new_tokens in zip(
+            batch.requests, batch.num_new_tokens.tolist(), strict=True
+        ):
+            request.num_computed_tokens += num_new_tokens
+            self._kv.key_computed_blocks(request)
+        for span, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
+            span.request.prompt_logprobs.extend(logprobs)
+        logprobs_of = result.logprobs or [None] * len(result.token_ids)
+        for index, token_id, token_logprobs in zip(
+            batch.sampled.tolist(), result.token_ids, logprobs_of, strict=True
+        ):
+            request = batch.requests[index]
+            request.all_token_ids.append(token_id)
+            self._waiting.charge(request, 0, 1)
+            finish_reason, stop_reason = request.finish_reason_at(token_id)
+            output = self._make_output(request, finish_reason)
+            output.new_token_ids.append(token_id)
+            output.stop_reason = stop_reason
+            output.logprobs = None if token_logprobs is None else [token_logprobs]
+            self._outputs.append(output)
+            if finish_reason is not None:
+                self._take_out(request)
+                self._forget(request)
+        self.num_output_tokens += len(result.token_ids)
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[EngineOutput]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _make_output(self, request: Request, finish_reason: FinishReason | None) -> EngineOutput:
+        output = EngineOutput(
+            request_id=request.request_id, new_token_ids=[], finish_reason=finish_reason
+        )
+        if request.num_output_tokens <= 1:
+            output.num_cached_tokens = request.num_cached_tokens
+            output.first_scheduled_time = request.first_scheduled_time
+            if request.wants_prompt_logprobs:
+                output.prompt_logprobs = request.prompt_logprobs
+        return output
+
+    def _finish(self, request: Request, finish_reason: FinishReason) -> None:
+        self._outputs.append(self._make_output(request, finish_reason))
+        self._forget(request)
+
+    def _finish_with_error(self, request: Request, error: ValueError) -> None:
+        output = self._make_output(request, FinishReason.ERROR)
+        output.error = str(error)
+        output.error_status = getattr(error, "status", 400)
+        self._outputs.append(output)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        request.status = RequestStatus.FINISHED
+        del self._requests[request.request_id]
+        self._waiting.leave(request)
+
+    def check_integrity(self) -> None:
+        """Requests, blocks, adapters and pages agree; also every page has one owner."""
+        self._pool.check_integrity()
+        self._kv.check_integrity(self._running)
+        num_users: dict[Adapter, int] = {}
+        for request in self._running:
+            if request.adapter is not None:
+                num_users[request.adapter] = num_users.get(request.adapter, 0) + 1
+        self._adapters.check_integrity(num_users)
+        in_queues = [*self._running, *self._waiting]
+        assert len(in_queues) == len(self._requests)
+        assert {r.request_id for r in in_queues} == self._requests.keys()
+        assert all(r.status is RequestStatus.RUNNING for r in self._running)
+        assert all(not r.block_table for r in self._waiting)

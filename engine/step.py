@@ -1,0 +1,82 @@
+"""The contract between the host and the device, one step at a time. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from loraplex.engine.request import Request, TokenLogprobs
+from loraplex.engine.sampling_state import SamplingBatch
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What the scheduler decided: how many tokens of which requests are computed."""
+
+    num_new_tokens: dict[Request, int] = field(default_factory=dict)
+    stopped: list[Request] = field(default_factory=list)
+    """Requests that stopped running since the last plan: finished, aborted or preempted. One that
+    was preempted may run again in this very plan."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_new_tokens.values())
+
+
+@dataclass(slots=True)
+class PromptLogprobsSpan:
+    """Rows whose logits are wanted to score the next prompt tokens."""
+
+    request: Request
+    first_row: int
+    target_ids: Int32Array
+    num_logprobs: int
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """A step as arrays. Requests are ordered by adapter, base model last.
+
+    R requests, T tokens, S adapter segments, L rows with logits.
+    """
+
+    requests: list[Request]
+    num_new_tokens: Int32Array  # [R]
+
+    # Model input.
+    token_ids: Int32Array  # [T]
+    positions: Int64Array  # [T]
+
+    # Attention.
+    cu_seqlens_q: Int32Array  # [R + 1]
+    seq_lens: Int32Array  # [R], with this step's tokens
+    block_table: Int32Array  # [R, most blocks of a request here]
+    slot_mapping: Int64Array  # [T]
+
+    # LoRA. Rows from segment_indptr[-1] on are of the base model.
+    segment_indptr: Int32Array  # [S + 1]
+    page_tables: Int32Array  # [S, most pages of an adapter here]
+    max_rank: int
+
+    # Sampling: requests[i] for i in sampled get a token, from the logits of logits_rows.
+    sampled: Int64Array  # [L]
+    logits_rows: Int64Array  # [L]
+    sampling: SamplingBatch
+    prompt_logprobs: list[PromptLogprobsSpan]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the device gives back."""
+
+    token_ids: list[int]
+    """One for each of StepBatch.sampled."""
+    logprobs: list[TokenLogprobs | None] | None
+    """One for each of StepBatch.sampled; None if nobody asked."""
+    prompt_logprobs: list[list[TokenLogprobs]]
+    """One for each of StepBatch.prompt_logprobs."""

@@ -1,0 +1,103 @@
+"""Text to token ids and back. The one place that knows transformers' tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+
+
+class Tokenizer(Protocol):
+    """What the engine's front needs of a tokenizer."""
+
+    vocab_size: int
+    eos_token_ids: list[int]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The text's token ids, with those that the model expects around it."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The token ids of a conversation. ValueError if the model has no chat template, or the
+        template refuses the messages."""
+
+
+class TransformersTokenizer:
+    """A tokenizer of transformers as a Tokenizer."""
+
+    def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        # transformers' own decode spends more time on options than on a few tokens, and joins
+        # what the tokens keep apart ("clean up"), so that text would change after it was sent.
+        # Tokenizers written in Python have no backend.
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.vocab_size = len(tokenizer)
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.eos_token_ids = sorted({*eos_token_ids, *own})
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        if self._backend is not None:
+            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode(
+            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> list[int]:
+        if not self._tokenizer.chat_template and "chat_template" not in kwargs:
+            raise ValueError(
+                f"the tokenizer in {self._tokenizer.name_or_path!r} has no chat template: give "
+                "prompts as text or token ids, or a chat_template"
+            )
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+                **kwargs,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+
+
+def load_tokenizer(path: str | Path) -> TransformersTokenizer:
+    """The tokenizer in a local directory. ValueError if there is none that can be read."""
+    # Here, because importing transformers takes seconds, and not everyone needs a tokenizer.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer can be read from {str(path)!r}: {error}") from error
+    return TransformersTokenizer(tokenizer, read_eos_token_ids(path))
+
+
+def read_eos_token_ids(path: str | Path) -> list[int]:
+    """The end-of-sequence ids that a model directory's config.json and generation_config.json
+    name, sorted; chat models often end their turns with one that only the second names."""
+    token_ids: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        file = Path(path) / name
+        if file.exists():
+            eos_token_id = json.loads(file.read_text()).get("eos_token_id")
+            if eos_token_id is not None:
+                token_ids.update(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id])
+    return sorted(token_ids)

@@ -1,0 +1,255 @@
+"""Adapter images in host memory, read and copied by threads of their own so that nobody waits.
+
+Knows nothing of requests or pages: an adapter is an opaque key, and what calls the store decides
+when to copy where.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from threading import Lock
+
+import torch
+
+from loraplex.lora.image import AdapterImage, pack_image
+from loraplex.lora.loader import load_adapter
+from loraplex.lora.spec import AdapterError, BaseModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Held:
+    """An image in host memory."""
+
+    image: AdapterImage
+    load_seconds: float
+    awaited_until: float
+    """Whoever asked for it has until then to copy it, before it may be dropped."""
+    num_copies: int = 0
+    """Copies in progress."""
+
+
+@dataclass(slots=True)
+class _Failure:
+    error: AdapterError
+    retry_at: float
+
+
+class HostAdapterStore:
+    """Reads adapters on request and keeps their images, least recently used first to go.
+
+    Thread-safe. A key is read once however many ask for it. Images are dropped only inside `get`
+    of a key that is not there, so that one caller's image stays until its next such question.
+    """
+
+    def __init__(
+        self,
+        spec: BaseModelSpec,
+        page_bytes: int,
+        dtype: torch.dtype,
+        capacity_bytes: int,
+        num_threads: int = 4,
+        on_change: Callable[[], None] = lambda: None,
+        retry_seconds: float = 5.0,
+    ) -> None:
+        """capacity_bytes: memory for images. One that is larger is kept while it is needed.
+
+        on_change is called, by a thread of the store, when a read or a copy has ended.
+        retry_seconds: how long a failure is reported, before the next `get` reads again; and how
+        long an image that nobody copies is kept for those who asked for it.
+        """
+        self._spec = spec
+        self._page_bytes = page_bytes
+        self._dtype = dtype
+        self._capacity_bytes = capacity_bytes
+        self._num_threads = num_threads
+        self._on_change = on_change
+        self._retry_seconds = retry_seconds
+        self._lock = Lock()
+        self._held: OrderedDict[Hashable, _Held] = OrderedDict()
+        self._failures: OrderedDict[Hashable, _Failure] = OrderedDict()
+        self._queue: OrderedDict[Hashable, str] = OrderedDict()  # key -> path
+        self._reading: set[Hashable] = set()
+        self._num_bytes = 0
+        self._full_until = 0.0  # Until then, or until a copy ends, no image can be dropped.
+        self._num_loads = self._num_failures = self._num_drops = self._loaded_bytes = 0
+        self._load_seconds = 0.0
+        self._is_closed = False
+        self._readers = ThreadPoolExecutor(num_threads, "adapter-reader")
+        # Apart from the readers, so that what is ready never waits for what is not.
+        self._copiers = ThreadPoolExecutor(1, "adapter-copier")
+
+    def get(self, key: Hashable, path: str) -> AdapterImage | None:
+        """The image; None while it is being read, which this begins where nobody has yet.
+
+        Raises AdapterError if it could not be read, for retry_seconds after that.
+        """
+        with self._lock:
+            held = self._held.get(key)
+            if held is not None:
+                self._held.move_to_end(key)
+                return held.image
+            self._forget_old_failures()
+            if key in self._failures:
+                error = self._failures[key].error
+                raise AdapterError(str(error), error.status)
+            if key not in self._reading:
+                self._queue.setdefault(key, path)
+            if self._can_read() and not self._has_room():
+                self._make_room()
+            self._start_reads()
+            return None
+
+    def image(self, key: Hashable) -> AdapterImage:
+        """The image of a key that is in host memory."""
+        with self._lock:
+            return self._held[key].image
+
+    def copy_to_pages(
+        self, key: Hashable, memory: torch.Tensor, pages: Sequence[int]
+    ) -> Future[None]:
+        """Begin to copy an image that is in host memory: its page i goes to memory[pages[i]].
+
+        memory: uint8 [num_pages, page_bytes], on any device. The future ends with the copy.
+        """
+        with self._lock:
+            held = self._held[key]
+            assert len(pages) == held.image.num_pages
+            held.num_copies += 1
+            return self._copiers.submit(self._copy, held, memory, list(pages))
+
+    def stats(self) -> dict[str, float]:
+        """Images, reads and their times so far, in bytes and seconds."""
+        with self._lock:
+            return {
+                "images": len(self._held),
+                "bytes": self._num_bytes,
+                "reading": len(self._reading) + len(self._queue),
+                "loads": self._num_loads,
+                "failures": self._num_failures,
+                "drops": self._num_drops,
+                "load_seconds": self._load_seconds,
+            }
+
+    def load_seconds(self, key: Hashable) -> float:
+        """How long reading and packing took, of a key that is in host memory."""
+        with self._lock:
+            return self._held[key].load_seconds
+
+    def close(self) -> None:
+        """End the threads, and wait for what they are at."""
+        with self._lock:
+            self._is_closed = True
+            self._queue.clear()
+        self._readers.shutdown()
+        self._copiers.shutdown()
+
+    def check_integrity(self) -> None:
+        """The books agree with each other."""
+        with self._lock:
+            assert self._num_bytes == sum(h.image.num_bytes for h in self._held.values())
+            assert len(self._reading) <= self._num_threads
+            keys = [*self._held, *self._failures, *self._queue, *self._reading]
+            assert len(keys) == len(set(keys)), "a key is in one state"
+            assert all(held.num_copies >= 0 for held in self._held.values())
+
+    # -- with the lock held ----------------------------------------------------------------
+
+    def _can_read(self) -> bool:
+        has_thread = len(self._reading) < self._num_threads and not self._is_closed
+        return has_thread and bool(self._queue)
+
+    def _start_reads(self) -> None:
+        """Read what waits, as threads and memory allow: one larger than all memory on its own."""
+        while self._can_read() and (self._has_room() or not (self._held or self._reading)):
+            key, path = self._queue.popitem(last=False)
+            self._reading.add(key)
+            self._readers.submit(self._read, key, path)
+
+    def _has_room(self) -> bool:
+        """Whether what is being read, and one more, fit: an image's size is known when it is."""
+        average_bytes = self._loaded_bytes / max(self._num_loads, 1)
+        expected_bytes = self._num_bytes + average_bytes * (len(self._reading) + 1)
+        return expected_bytes <= self._capacity_bytes
+
+    def _make_room(self) -> None:
+        """Drop images until one more fits, as far as nobody waits for them or copies them."""
+        now = time.monotonic()
+        if now < self._full_until:
+            return
+        for key, held in list(self._held.items()):
+            if self._has_room():
+                return
+            if held.num_copies == 0 and held.awaited_until <= now:
+                del self._held[key]
+                self._num_bytes -= held.image.num_bytes
+                self._num_drops += 1
+        ends = [held.awaited_until for held in self._held.values() if held.num_copies == 0]
+        self._full_until = min(ends, default=math.inf)
+
+    def _forget_old_failures(self) -> None:
+        now = time.monotonic()
+        while self._failures:
+            key, failure = next(iter(self._failures.items()))
+            if failure.retry_at > now:
+                return
+            del self._failures[key]
+
+    # -- in the threads --------------------------------------------------------------------
+
+    def _read(self, key: Hashable, path: str) -> None:
+        start = time.monotonic()
+        outcome: AdapterImage | AdapterError
+        try:
+            weights = load_adapter(path, self._spec, self._dtype)
+            outcome = pack_image(weights, self._spec, self._page_bytes)
+        except AdapterError as error:
+            outcome = error
+        except Exception as error:
+            logger.exception("reading adapter %s failed", path)
+            outcome = AdapterError(f"adapter {path!r} could not be read: {error!r}", status=500)
+        end = time.monotonic()
+        with self._lock:
+            self._reading.discard(key)
+            if isinstance(outcome, AdapterImage):
+                self._held[key] = _Held(outcome, end - start, end + self._retry_seconds)
+                self._num_bytes += outcome.num_bytes
+                self._num_loads += 1
+                self._loaded_bytes += outcome.num_bytes
+                self._load_seconds += end - start
+            else:
+                self._failures[key] = _Failure(outcome, end + self._retry_seconds)
+                self._num_failures += 1
+            self._start_reads()
+        self._on_change()
+
+    def _copy(self, held: _Held, memory: torch.Tensor, pages: list[int]) -> None:
+        try:
+            _copy_pages(held.image.pages, memory, pages)
+        finally:
+            with self._lock:
+                held.num_copies -= 1
+                held.awaited_until = self._full_until = 0.0
+                self._start_reads()
+        self._on_change()
+
+
+def _copy_pages(source: torch.Tensor, memory: torch.Tensor, pages: list[int]) -> None:
+    """memory[pages[i]] = source[i], a copy per run of adjacent pages."""
+    breaks = [i for i in range(1, len(pages)) if pages[i] != pages[i - 1] + 1]
+    for start, end in pairwise([0, *breaks, len(pages)]):
+        target = memory[pages[start] : pages[start] + end - start]
+        if target.device.type == "cpu":
+            # numpy copies in this thread; torch would use OpenMP threads, which fight with those
+            # of the model's forward pass.
+            target.numpy()[:] = source[start:end].numpy()
+        else:
+            target.copy_(source[start:end])

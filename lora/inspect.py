@@ -1,0 +1,126 @@
+"""Says what an adapter is, whether a base model can serve it, and if not, exactly why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loraplex.lora.image import image_num_pages
+from loraplex.lora.loader import (
+    TargetedModule,
+    load_adapter,
+    open_weights,
+    read_targeted_modules,
+)
+from loraplex.lora.peft_config import WEIGHTS_FILE, PeftConfig, read_peft_config
+from loraplex.lora.spec import BaseModelSpec
+
+
+@dataclass
+class AdapterReport:
+    """What could be found out of an adapter; `refusal` says what is wrong, None if nothing is."""
+
+    path: str
+    refusal: str | None = None
+    config: PeftConfig | None = None
+    modules: Sequence[TargetedModule] = ()
+    num_file_bytes: int = 0
+    """Size of the weights file."""
+    architecture: str | None = None
+    """Of the base model that it was checked against; None: of none."""
+    num_pages: int | None = None
+    page_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.refusal is None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(m.rank * (m.in_features + m.out_features) for m in self.modules)
+
+    def render(self) -> str:
+        """The report as plain text, a line per fact."""
+        return "\n".join(f"{name + ':':<13}{value}" for name, value in self._facts())
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "adapter", self.path
+        if self.config is not None:
+            yield "trained on", self.config.base_model or "a base model that it doesn't name"
+        if self.config is not None and self.modules:
+            yield from _module_facts(self.modules, self.config)
+            dtypes = _join(module.file_dtype for module in self.modules)
+            yield "parameters", f"{self.num_parameters:,} in {dtypes}"
+            yield "on disk", f"{self.num_file_bytes:,} bytes"
+        if self.num_pages is not None and self.page_bytes is not None:
+            num_bytes = self.num_pages * self.page_bytes
+            yield (
+                "in the pool",
+                f"{num_bytes:,} bytes: {self.num_pages} pages of {self.page_bytes:,}",
+            )
+        if self.refusal is not None:
+            yield "refused", self.refusal
+        elif self.architecture is None:
+            yield "checked", "in itself, against no base model"
+        else:
+            yield "fits", f"the base model ({self.architecture})"
+
+
+def inspect_adapter(
+    path: str,
+    spec: BaseModelSpec | None,
+    page_bytes: int | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> AdapterReport:
+    """Inspect an adapter as the engine would load it for a base model of this dtype.
+
+    Without spec only what the adapter says of itself is checked, and no weight is read. Without
+    page_bytes its pages are not counted. What is wrong with the adapter is never raised.
+    """
+    report = AdapterReport(path)
+    try:
+        _examine(report, spec, page_bytes, dtype)
+    except ValueError as error:
+        report.refusal = str(error)
+    return report
+
+
+def _examine(
+    report: AdapterReport, spec: BaseModelSpec | None, page_bytes: int | None, dtype: torch.dtype
+) -> None:
+    """Fill in the report, as far as it goes."""
+    directory = Path(report.path)
+    report.config = read_peft_config(directory)
+    with open_weights(directory) as file:
+        report.num_file_bytes = (directory / WEIGHTS_FILE).stat().st_size
+        report.modules = read_targeted_modules(file, report.config)
+    if spec is None:
+        return
+    report.architecture = spec.architecture
+    weights = load_adapter(directory, spec, dtype)
+    if page_bytes is not None:
+        report.page_bytes = page_bytes
+        report.num_pages = image_num_pages(weights.ranks, spec, page_bytes, dtype.itemsize)
+
+
+def _module_facts(
+    modules: Sequence[TargetedModule], config: PeftConfig
+) -> Iterator[tuple[str, str]]:
+    """A line for each kind of module."""
+    by_kind: dict[str, list[TargetedModule]] = {}
+    for module in modules:
+        by_kind.setdefault(module.name.rpartition(".")[2], []).append(module)
+    rule = "alpha / sqrt(rank)" if config.use_rslora else "alpha / rank"
+    for kind, same in by_kind.items():
+        ranks = _join(module.rank for module in same)
+        alphas = _join(f"{config.alpha_of(module.name):g}" for module in same)
+        scalings = _join(f"{module.scaling:g}" for module in same)
+        yield kind, f"rank {ranks}, alpha {alphas}, scaling {scalings} ({rule}), {len(same)} layers"
+
+
+def _join(values: Iterable[object]) -> str:
+    """Each value once, in order."""
+    return ", ".join(dict.fromkeys(map(str, values)))

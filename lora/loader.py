@@ -1,0 +1,200 @@
+"""Reads an adapter's tensors for a base model: whole, or refused by the name of a tensor."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from loraplex.lora.peft_config import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    PeftConfig,
+    adapter_fingerprint,
+    read_peft_config,
+)
+from loraplex.lora.spec import AdapterError, BaseModelSpec
+
+TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+SERVED_DTYPES = ("F32", "F16", "BF16")
+# Torch computes this many elements in the calling thread. It spreads larger operations over OpenMP
+# threads, which fight with those of the model's forward pass.
+SERIAL_ELEMENTS = 32_000
+
+Place = tuple[int, int]
+"""(layer, module id)"""
+
+
+@dataclass(frozen=True)
+class TargetedModule:
+    """What a weights file holds for one module of the base model."""
+
+    name: str
+    """PEFT's, as in "model.layers.0.self_attn.q_proj"."""
+    rank: int
+    in_features: int
+    out_features: int
+    scaling: float
+    file_dtype: str
+
+    @property
+    def tensor_a(self) -> str:
+        return f"base_model.model.{self.name}.lora_A.weight"
+
+    @property
+    def tensor_b(self) -> str:
+        return f"base_model.model.{self.name}.lora_B.weight"
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """An adapter's matrices in the model's dtype, by place."""
+
+    a: dict[Place, torch.Tensor]  # [rank, in_features]
+    b: dict[Place, torch.Tensor]  # [out_features, rank], times the scaling
+    dtype: torch.dtype
+
+    @property
+    def ranks(self) -> dict[Place, int]:
+        return {place: a.shape[0] for place, a in self.a.items()}
+
+
+def load_adapter(path: str | Path, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterWeights:
+    """Read the PEFT adapter in a directory for a base model.
+
+    The scaling goes into B, in fp32, before the one rounding to dtype.
+    Raises AdapterError, naming the tensor or the setting, if any part of it cannot be served.
+    """
+    directory = Path(path)
+    fingerprint = adapter_fingerprint(str(path))
+    config = read_peft_config(directory)
+    weights = AdapterWeights({}, {}, dtype)
+    with open_weights(directory) as file:
+        modules = read_targeted_modules(file, config)
+        places = [locate(module, spec) for module in modules]
+        for place, module in zip(places, modules, strict=True):
+            weights.a[place] = _read(file, module.tensor_a, 1.0, dtype)
+            weights.b[place] = _read(file, module.tensor_b, module.scaling, dtype)
+    if adapter_fingerprint(str(path)) != fingerprint:
+        raise AdapterError(f"the files in {str(directory)!r} changed while they were being read")
+    return weights
+
+
+@contextmanager
+def open_weights(directory: Path) -> Iterator[Any]:
+    """The weights file, opened; AdapterError if it is missing or broken."""
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        hint = ""
+        if (directory / "adapter_model.bin").exists():
+            hint = ": adapter_model.bin is there, but pickled weights are not read"
+        raise AdapterError(f"{WEIGHTS_FILE} is missing in adapter path {str(directory)!r}{hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{path} cannot be read: it is truncated or not a safetensors file ({error})"
+        ) from None
+
+
+def read_targeted_modules(file: Any, config: PeftConfig) -> list[TargetedModule]:
+    """The modules that a weights file has tensors for, in its order; reads no tensor's data.
+
+    Raises AdapterError if the tensors are not exactly LoRA pairs as the configuration says.
+    """
+    modules: dict[str, dict[str, Any]] = {}
+    for name in file.keys():  # noqa: SIM118 (not a dict)
+        match = TENSOR_NAME.fullmatch(name)
+        if match is None:
+            raise AdapterError(
+                f"tensor {name!r} is not allowed: a LoRA adapter's tensors must be named "
+                "'base_model.model.<module>.lora_A.weight' or '...lora_B.weight'"
+            )
+        modules.setdefault(match["module"], {})[match["side"]] = file.get_slice(name)
+    if not modules:
+        raise AdapterError(f"{WEIGHTS_FILE} holds no tensor")
+    return [_pair(name, sides, config) for name, sides in modules.items()]
+
+
+def _pair(name: str, sides: dict[str, Any], config: PeftConfig) -> TargetedModule:
+    tensors = {side: f"base_model.model.{name}.lora_{side}.weight" for side in "AB"}
+    for side, other in ("AB", "BA"):
+        if side not in sides:
+            raise AdapterError(f"tensor {tensors[other]!r} has no partner {tensors[side]!r}")
+    if not config.targets(name):
+        raise AdapterError(
+            f"tensor {tensors['A']!r} belongs to a module that target_modules of {CONFIG_FILE} "
+            "does not target"
+        )
+    rank = config.rank_of(name)
+    for side, tensor_name in tensors.items():
+        file_dtype, shape = sides[side].get_dtype(), sides[side].get_shape()
+        if file_dtype not in SERVED_DTYPES:
+            raise AdapterError(
+                f"tensor {tensor_name!r} has dtype {file_dtype}, which is not allowed: it must be "
+                f"one of {', '.join(SERVED_DTYPES)}"
+            )
+        if len(shape) != 2 or shape[0 if side == "A" else 1] != rank:
+            expected = f"[{rank}, in_features]" if side == "A" else f"[out_features, {rank}]"
+            raise AdapterError(
+                f"tensor {tensor_name!r} has shape {shape}, expected {expected}: {CONFIG_FILE} "
+                f"gives this module rank {rank}"
+            )
+    in_features, out_features = sides["A"].get_shape()[1], sides["B"].get_shape()[0]
+    file_dtype = sides["A"].get_dtype()
+    scaling = config.scaling_of(name)
+    return TargetedModule(name, rank, in_features, out_features, scaling, file_dtype)
+
+
+def locate(module: TargetedModule, spec: BaseModelSpec) -> Place:
+    """Where a targeted module is in the base model. Raises AdapterError if it does not fit."""
+    match = re.fullmatch(rf"{re.escape(spec.layer_path)}\.(\d{{1,6}})\.(.+)", module.name)
+    module_ids = {candidate.path: index for index, candidate in enumerate(spec.modules)}
+    if match is None or match[2] not in module_ids:
+        raise AdapterError(
+            f"tensor {module.tensor_a!r} is for a module that adapters of this {spec.architecture} "
+            f"can't target: allowed are {', '.join(m.name for m in spec.modules)} of "
+            f"{spec.layer_path}.0 to {spec.layer_path}.{spec.num_layers - 1}; the adapter may "
+            "be for another architecture"
+        )
+    layer, module_id = int(match[1]), module_ids[match[2]]
+    if layer >= spec.num_layers or match[1] != str(layer):
+        raise AdapterError(
+            f"tensor {module.tensor_a!r} is for layer {match[1]}: the base model has "
+            f"{spec.num_layers} layers, 0 to {spec.num_layers - 1}"
+        )
+    base = spec.modules[module_id]
+    for tensor_name, shape, expected in (
+        (module.tensor_a, [module.rank, module.in_features], [module.rank, base.in_features]),
+        (module.tensor_b, [module.out_features, module.rank], [base.out_features, module.rank]),
+    ):
+        if shape != expected:
+            raise AdapterError(
+                f"tensor {tensor_name!r} has shape {shape}, expected {expected}: in the base model "
+                f"{base.name} has {base.in_features} inputs and {base.out_features} outputs"
+            )
+    return layer, module_id
+
+
+def _read(file: Any, name: str, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor times a scaling, rounded once. Raises AdapterError if it is not all finite."""
+    source = file.get_tensor(name)
+    result = torch.empty(source.shape, dtype=dtype)
+    source_elements, result_elements = source.flatten(), result.view(-1)
+    for start in range(0, source.numel(), SERIAL_ELEMENTS):
+        chunk = result_elements[start : start + SERIAL_ELEMENTS]
+        chunk.copy_(source_elements[start : start + SERIAL_ELEMENTS].float() * scaling)
+        if not all(math.isfinite(extreme) for extreme in torch.aminmax(chunk)):
+            raise AdapterError(
+                f"tensor {name!r} is not allowed: it holds infinite or NaN values, or gets them "
+                f"as {dtype} times the scaling {scaling:g}"
+            )
+    return result

@@ -1,0 +1,196 @@
+"""The host half as a whole, on a device that notices every mix-up."""
+
+from __future__ import annotations
+
+import pytest
+from fake_device import expected_tokens, fake_core, make_request, run_to_end, tokens_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex.engine.request import EngineRequest, FinishReason, RequestError
+
+
+def run_all(core, requests: list[EngineRequest]):
+    for request in requests:
+        core.add_request(request)
+    return run_to_end(core)
+
+
+def assert_all_expected(requests, outputs) -> None:
+    for request in requests:
+        assert tokens_of(outputs[request.request_id]) == expected_tokens(request)
+        assert outputs[request.request_id][-1].finish_reason == FinishReason.LENGTH
+
+
+def test_mixed_adapters_in_one_batch_get_their_own_tokens():
+    core = fake_core(num_pages=100)
+    requests = [
+        make_request(f"r{i}", range(i, 2 * i + 1), max_tokens=5, adapter=adapter)
+        for i, adapter in enumerate([None, "a", "b", "a", None, "c"])
+    ]
+    outputs = run_all(core, requests)
+    assert_all_expected(requests, outputs)
+    assert core.stats()["adapter_loads"] == 3
+    assert max(core._device.runner.batches) > 10, "requests were batched"
+
+
+def test_long_prompts_are_chunked_and_decodes_go_on_meanwhile():
+    core = fake_core(num_pages=100, max_num_batched_tokens=8)
+    core.add_request(make_request("short", [1], max_tokens=20))
+    core.step()
+    core.add_request(make_request("long", range(30), max_tokens=1))
+    steps_with_short = 0
+    while not (outputs := {o.request_id: o for o in core.step()}).get("long"):
+        steps_with_short += "short" in outputs
+    assert steps_with_short == 4, "30 tokens in chunks of 7, 7, 7, 7, 2, a decode in each"
+    run_to_end(core)
+
+
+def test_prefix_is_reused_within_an_adapter_only():
+    core = fake_core(num_pages=100)
+    prompt = list(range(20))
+    for adapter, num_cached in [("a", 0), ("a", 16), ("b", 0), (None, 0), (None, 16), ("b", 16)]:
+        request = make_request("r", prompt, max_tokens=3, adapter=adapter)
+        outputs = run_all(core, [request])
+        assert_all_expected([request], outputs)
+        assert outputs["r"][0].num_cached_tokens == num_cached
+    assert core.stats()["prefix_hit_tokens"] == 48
+
+
+def test_a_prompt_that_is_cached_whole_still_computes_its_last_token():
+    core = fake_core(num_pages=100)
+    request = make_request("r", range(16), max_tokens=3)
+    run_all(core, [request])
+    outputs = run_all(core, [request])
+    assert outputs["r"][0].num_cached_tokens == 12
+    assert_all_expected([request], outputs)
+
+
+def test_preempted_requests_give_the_same_tokens():
+    core = fake_core(num_pages=14, max_model_len=32)
+    requests = [make_request(f"r{i}", range(4 * i, 4 * i + 8), 24) for i in range(4)]
+    outputs = run_all(core, requests)
+    assert_all_expected(requests, outputs)
+    assert core.stats()["preemptions"] > 0
+
+
+def test_adapters_are_evicted_when_others_need_the_memory():
+    core = fake_core(num_pages=14, max_model_len=16)
+    requests = [
+        make_request(f"r{i}", [i, 1, 2], 6, adapter=f"a{i % 5}", num_adapter_pages=4)
+        for i in range(20)
+    ]
+    outputs = run_all(core, requests)
+    assert_all_expected(requests, outputs)
+    assert core.stats()["adapter_evictions"] > 0
+
+
+def test_a_failing_adapter_fails_its_requests_only():
+    core = fake_core(num_pages=50)
+    bad = make_request("bad", [1, 2], 4, adapter="x")
+    bad.lora_request = type(bad.lora_request)("x", "fail")
+    good = make_request("good", [1, 2], 4, adapter="a")
+    outputs = run_all(core, [bad, good])
+    assert_all_expected([good], outputs)
+    assert outputs["bad"][-1].finish_reason == FinishReason.ERROR
+    assert "can't be served" in outputs["bad"][-1].error
+
+
+def test_an_adapter_larger_than_the_pool_is_refused_with_the_figures():
+    core = fake_core(num_pages=20)
+    outputs = run_all(core, [make_request("r", [1], 4, adapter="big", num_adapter_pages=30)])
+    assert "32 pages of the pool, which has 19" in outputs["r"][-1].error
+
+
+def test_requests_that_can_never_run_are_refused_at_once():
+    core = fake_core(num_pages=20, max_model_len=32)
+    with pytest.raises(RequestError, match="max_model_len=32"):
+        core.add_request(make_request("r", range(30), 10))
+    core.add_request(make_request("r", [1], 10))
+    with pytest.raises(RequestError, match="in use"):
+        core.add_request(make_request("r", [1], 10))
+    with pytest.raises(ValueError, match="raise pool_bytes"):
+        fake_core(num_pages=3)
+
+
+def test_abort_ends_waiting_and_running_requests_and_frees_all():
+    core = fake_core(num_pages=50, max_num_seqs=2)
+    for i in range(4):
+        core.add_request(make_request(f"r{i}", [i] * 5, 20, adapter=f"a{i}"))
+    for _ in range(6):
+        core.step()
+        core._device.adapter_store.finish_copies()
+    core.abort_requests(["r0", "r3", "unknown"])
+    core.check_integrity()
+    outputs = run_to_end(core)
+    assert outputs["r0"][-1].finish_reason == FinishReason.ABORT
+    assert outputs["r3"][-1].finish_reason == FinishReason.ABORT
+    assert len(tokens_of(outputs["r1"])) == 20 or outputs["r1"]
+    stats = core.stats()
+    assert stats["pages_kv"] == stats["pages_adapter"] == 0
+
+
+def test_a_hot_adapter_does_not_starve_others():
+    core = fake_core(num_pages=60, max_num_seqs=4)
+    hot = [make_request(f"hot{i}", [i, 1, 2, 3], 8, adapter="hot") for i in range(100)]
+    cold = [make_request(f"cold{i}", [i, 1, 2, 3], 8, adapter=f"c{i}") for i in range(4)]
+    for request in hot + cold:
+        core.add_request(request)
+    finished: list[str] = []
+    while core.has_unfinished_requests():
+        finished += [o.request_id for o in core.step() if o.finish_reason]
+        core._device.adapter_store.finish_copies()
+    worst = max(finished.index(r.request_id) for r in cold)
+    assert worst < 40, "cold requests, which came last, are served long before the hot queue ends"
+    assert sorted(finished) == sorted(r.request_id for r in hot + cold)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_workload_ends_with_the_right_tokens(data):
+    block_size = data.draw(st.sampled_from([1, 3, 4]), "block_size")
+    max_model_len = 24
+    num_blocks = -(-max_model_len // block_size)
+    core = fake_core(
+        num_pages=data.draw(st.integers(num_blocks + 6, num_blocks + 40), "num_pages"),
+        max_model_len=max_model_len,
+        block_size=block_size,
+        max_num_seqs=data.draw(st.integers(1, 6), "max_num_seqs"),
+        max_num_batched_tokens=data.draw(st.integers(6, 20), "max_num_batched_tokens"),
+        enable_prefix_caching=data.draw(st.booleans(), "enable_prefix_caching"),
+        adapter_affinity_tokens=data.draw(st.sampled_from([0, 5, 100]), "affinity"),
+    )
+    requests: dict[str, EngineRequest] = {}
+    aborted: set[str] = set()
+    outputs: dict[str, list] = {}
+    for i in range(data.draw(st.integers(1, 12), "num_requests")):
+        prompt_len = data.draw(st.integers(1, 14))
+        request = make_request(
+            f"r{i}",
+            [data.draw(st.integers(0, 1))] * prompt_len,
+            max_tokens=data.draw(st.integers(1, max_model_len - prompt_len)),
+            adapter=data.draw(st.sampled_from([None, "a", "b", "c"])),
+            num_adapter_pages=data.draw(st.just(3)),
+            tenant=data.draw(st.sampled_from(["", "t"])),
+        )
+        requests[request.request_id] = request
+        core.add_request(request)
+        for _ in range(data.draw(st.integers(0, 3))):
+            for output in core.step():
+                outputs.setdefault(output.request_id, []).append(output)
+            core.check_integrity()
+            if data.draw(st.booleans()):
+                core._device.adapter_store.finish_copies()
+        if data.draw(st.integers(0, 5)) == 0:
+            victim = data.draw(st.sampled_from(sorted(requests)))
+            aborted.add(victim)
+            core.abort_requests([victim])
+    for request_id, more in run_to_end(core).items():
+        outputs.setdefault(request_id, []).extend(more)
+    for request_id, request in requests.items():
+        tokens = tokens_of(outputs[request_id])
+        if request_id in aborted:
+            assert tokens == expected_tokens(request)[: len(tokens)]
+        else:
+            assert tokens == expected_tokens(request)
+    core.check_integrity()

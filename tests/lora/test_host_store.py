@@ -1,0 +1,298 @@
+"""The host store: one read however many ask, a byte budget, and failures that pass."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from make_adapters import llama_spec, write_adapter
+
+from loraplex.lora import host_store
+from loraplex.lora.host_store import HostAdapterStore
+from loraplex.lora.image import AdapterImage, pack_image
+from loraplex.lora.loader import load_adapter
+from loraplex.lora.spec import AdapterError
+
+SPEC = llama_spec()
+PAGE_BYTES = 4 * 1024
+DTYPE = torch.bfloat16
+
+
+@contextmanager
+def make_store(capacity_bytes: int = 1 << 30, **options) -> Iterator[HostAdapterStore]:
+    store = HostAdapterStore(SPEC, PAGE_BYTES, DTYPE, capacity_bytes, **options)
+    try:
+        yield store
+        store.check_integrity()
+    finally:
+        store.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to pass"
+        time.sleep(0.001)
+
+
+def get_when_ready(store: HostAdapterStore, key: str, path: str) -> AdapterImage:
+    wait_until(lambda: store.get(key, path) is not None)
+    return store.image(key)
+
+
+class Gate:
+    """Holds reads up in load_adapter until it is opened, and counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.paths: list[str] = []
+        self.failing = False
+
+        def gated(path, spec, dtype):
+            self.paths.append(str(path))
+            assert self.opened.wait(20)
+            if self.failing:
+                raise AdapterError("out of order")
+            return load_adapter(path, spec, dtype)
+
+        monkeypatch.setattr(host_store, "load_adapter", gated)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("adapters")
+    return [str(write_adapter(root / str(i), SPEC, rank=8, seed=i)) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def image_bytes(paths: list[str]) -> int:
+    return pack_image(load_adapter(paths[0], SPEC, DTYPE), SPEC, PAGE_BYTES).num_bytes
+
+
+def test_nobody_waits_and_the_image_is_the_adapters(paths, gate):
+    with make_store() as store:
+        start = time.monotonic()
+        assert store.get("a", paths[0]) is None
+        assert store.get("a", paths[0]) is None
+        assert time.monotonic() - start < 5, "get did not wait for the gate"
+        gate.opened.set()
+        image = get_when_ready(store, "a", paths[0])
+        expected = pack_image(load_adapter(paths[0], SPEC, DTYPE), SPEC, PAGE_BYTES)
+        assert torch.equal(image.buffer, expected.buffer)
+        assert store.load_seconds("a") > 0
+        stats = store.stats()
+        assert (stats["images"], stats["loads"], stats["reading"]) == (1, 1, 0)
+        assert stats["bytes"] == image.num_bytes
+        assert stats["load_seconds"] == store.load_seconds("a")
+
+
+def test_500_concurrent_requests_are_one_read(paths, gate):
+    with make_store() as store:
+        barrier = threading.Barrier(50)
+        images: list[AdapterImage] = []
+
+        def ask() -> None:
+            barrier.wait()
+            for _ in range(10):
+                store.get("a", paths[0])
+            images.append(get_when_ready(store, "a", paths[0]))
+
+        threads = [threading.Thread(target=ask) for _ in range(50)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(gate.paths) > 0)
+        gate.opened.set()
+        for thread in threads:
+            thread.join()
+        assert gate.paths == [paths[0]]
+        assert len(images) == 50
+        assert len({id(image) for image in images}) == 1
+
+
+def test_reads_run_at_once_up_to_the_threads(paths, gate):
+    with make_store(num_threads=3) as store:
+        for path in paths:
+            assert store.get(path, path) is None
+        wait_until(lambda: len(gate.paths) == 3)
+        store.check_integrity()
+        assert store.stats()["reading"] == 6
+        gate.opened.set()
+        wait_until(lambda: store.stats()["images"] == 6)
+        assert gate.paths == paths, "in the order in which they were asked for"
+
+
+def test_changes_wake_the_engine(paths):
+    wakes = threading.Semaphore(0)
+    with make_store(on_change=wakes.release) as store:
+        store.get("a", paths[0])
+        assert wakes.acquire(timeout=20)
+        image = store.get("a", paths[0])
+        assert image is not None
+        memory = torch.zeros(image.num_pages, PAGE_BYTES, dtype=torch.uint8)
+        store.copy_to_pages("a", memory, range(image.num_pages))
+        assert wakes.acquire(timeout=20)
+        store.get("bad", "/nowhere")
+        assert wakes.acquire(timeout=20)
+
+
+def test_failures_are_reported_then_forgotten_then_retried(paths, tmp_path):
+    path = tmp_path / "later"
+    with make_store(retry_seconds=0.3) as store:
+        assert store.get("a", str(path)) is None
+        wait_until(lambda: store.stats()["failures"] == 1)
+        for _ in range(3):
+            with pytest.raises(AdapterError, match="does not exist") as caught:
+                store.get("a", str(path))
+            assert caught.value.status == 404
+        write_adapter(path, SPEC)
+        time.sleep(0.35)
+        get_when_ready(store, "a", str(path))
+        assert store.stats()["failures"] == 1
+
+
+def test_a_failure_does_not_touch_other_adapters(paths, tmp_path):
+    bad = write_adapter(tmp_path, SPEC, use_dora=True)
+    with make_store() as store:
+        assert store.get("bad", str(bad)) is None
+        for path in paths:
+            get_when_ready(store, path, path)
+        with pytest.raises(AdapterError, match="use_dora"):
+            store.get("bad", str(bad))
+
+
+def test_an_unexpected_error_is_a_failure_too(paths, monkeypatch, caplog):
+    def explode(*args):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(host_store, "pack_image", explode)
+    with make_store() as store:
+        store.get("a", paths[0])
+        wait_until(lambda: store.stats()["failures"] == 1)
+        with pytest.raises(AdapterError, match="no more") as caught:
+            store.get("a", paths[0])
+        assert caught.value.status == 500
+    assert "no more" in caplog.text
+
+
+def copy(store: HostAdapterStore, key: str) -> None:
+    image = store.image(key)
+    memory = torch.zeros(image.num_pages, PAGE_BYTES, dtype=torch.uint8)
+    store.copy_to_pages(key, memory, range(image.num_pages)).result(20)
+
+
+def test_the_least_recently_used_image_is_dropped_first(paths, image_bytes):
+    with make_store(capacity_bytes=3 * image_bytes, num_threads=1) as store:
+        for path in paths[:3]:
+            get_when_ready(store, path, path)
+            copy(store, path)
+        assert store.stats()["drops"] == 0
+        store.get(paths[0], paths[0])
+        get_when_ready(store, paths[3], paths[3])
+        assert store.stats()["bytes"] == 3 * image_bytes
+        assert store.stats()["drops"] == 1
+        for path in (paths[0], paths[2], paths[3]):
+            assert store.image(path)
+        with pytest.raises(KeyError):
+            store.image(paths[1])
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 2.5])
+def test_everyone_gets_their_image_in_turn_under_any_budget(paths, image_bytes, capacity):
+    """All are polled all the time; each is copied when it is there, as an engine would."""
+    with make_store(capacity_bytes=int(capacity * image_bytes), num_threads=1) as store:
+        for _ in range(3):
+            left = set(paths)
+            end = time.monotonic() + 20
+            while left:
+                assert time.monotonic() < end
+                for path in sorted(left):
+                    image = store.get(path, path)
+                    assert store.stats()["bytes"] <= max(capacity, 1) * image_bytes
+                    if image is not None:
+                        copy(store, path)
+                        left.discard(path)
+                store.check_integrity()
+        assert store.stats()["loads"] <= 3 * len(paths), "none was read twice for one copy"
+
+
+def test_an_image_that_is_awaited_or_copied_is_not_dropped(paths, image_bytes, monkeypatch):
+    with make_store(capacity_bytes=0, num_threads=1, retry_seconds=0.4) as store:
+        get_when_ready(store, "a", paths[0])
+        assert store.get("b", paths[1]) is None
+        time.sleep(0.1)
+        assert store.get("b", paths[1]) is None, "a is awaited, so b is not even begun"
+        assert store.stats()["loads"] == 1
+        going, release = threading.Event(), threading.Event()
+        original = host_store._copy_pages
+
+        def slow_copy(*args):
+            going.set()
+            assert release.wait(20)
+            original(*args)
+
+        monkeypatch.setattr(host_store, "_copy_pages", slow_copy)
+        image = store.image("a")
+        memory = torch.zeros(image.num_pages, PAGE_BYTES, dtype=torch.uint8)
+        future = store.copy_to_pages("a", memory, range(image.num_pages))
+        assert going.wait(20)
+        time.sleep(0.5)
+        assert store.get("b", paths[1]) is None
+        assert store.image("a") is image, "retry_seconds are over, but it is being copied"
+        release.set()
+        future.result(20)
+        get_when_ready(store, "b", paths[1])
+        assert torch.equal(memory, image.pages)
+
+
+def test_an_image_that_nobody_fetches_makes_room_in_the_end(paths):
+    with make_store(capacity_bytes=0, num_threads=1, retry_seconds=0.2) as store:
+        get_when_ready(store, "abandoned", paths[0])
+        get_when_ready(store, "b", paths[1])
+        assert store.stats()["drops"] == 1
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        lambda n: list(range(1, n + 1)),
+        lambda n: list(range(n, 0, -1)),
+        lambda n: [2 * i + 1 for i in range(n)],
+        lambda n: [1, 2, 5, 6, 7, *range(20, 20 + n - 5)],
+    ],
+    ids=["one run", "reversed", "scattered", "runs"],
+)
+def test_copies_go_to_their_pages_and_nowhere_else(paths, pages):
+    with make_store() as store:
+        image = get_when_ready(store, "a", paths[0])
+        assert image.num_pages > 5
+        targets = pages(image.num_pages)
+        memory = torch.full((80, PAGE_BYTES), 0xAB, dtype=torch.uint8)
+        store.copy_to_pages("a", memory, targets).result(20)
+        assert torch.equal(memory[targets], image.pages)
+        others = [page for page in range(80) if page not in targets]
+        assert (memory[others] == 0xAB).all()
+
+
+def test_close_ends_the_threads_and_what_waits(paths, gate):
+    before = set(threading.enumerate())
+    store = HostAdapterStore(SPEC, PAGE_BYTES, DTYPE, 1 << 30, num_threads=1)
+    for path in paths:
+        store.get(path, path)
+    wait_until(lambda: len(gate.paths) == 1)
+    gate.opened.set()
+    store.close()
+    store.check_integrity()
+    assert set(threading.enumerate()) <= before
+    assert len(gate.paths) <= 2
+    assert store.get("new", paths[0]) is None, "harmless, and nothing starts"

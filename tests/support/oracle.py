@@ -1,0 +1,58 @@
+"""The oracle: transformers and PEFT in float32, one sequence at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the oracle says of a sequence, for each of its output tokens."""
+
+    greedy_token_ids: list[int]
+    """What it would have chosen, given everything before."""
+    logprobs: list[float]
+    """Of the tokens that were chosen."""
+
+
+class Oracle:
+    """The base model and adapters, as transformers and PEFT compute them."""
+
+    def __init__(self, model_path: Path, adapters: dict[str, Path]) -> None:
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        self.model = model.eval()
+        for name, path in adapters.items():
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(str(path), adapter_name=name)
+            else:
+                self.model = PeftModel.from_pretrained(model, str(path), adapter_name=name).eval()
+
+    @contextmanager
+    def _adapter(self, name: str | None) -> Iterator[None]:
+        if name is not None:
+            self.model.set_adapter(name)
+            yield
+        elif isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield
+        else:
+            yield
+
+    @torch.inference_mode()
+    def score(self, prompt: list[int], output: list[int], adapter: str | None) -> Scored:
+        """One forward pass over prompt and output. If greedy_token_ids equals the output, then the
+        output is exactly what greedy decoding by the oracle gives."""
+        with self._adapter(adapter):
+            logits = self.model(torch.tensor([prompt + output[:-1]])).logits[0, len(prompt) - 1 :]
+        logprobs = logits.float().log_softmax(-1)
+        return Scored(
+            greedy_token_ids=logits.argmax(-1).tolist(),
+            logprobs=logprobs[torch.arange(len(output)), torch.tensor(output)].tolist(),
+        )

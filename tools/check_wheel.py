@@ -1,0 +1,25 @@
+"""Checks a built wheel: its files are the package's and nothing else, and they are what is imported.
+
+Usage: check_wheel.py WHEEL SITE_PACKAGES
+"""
+
+import importlib
+import sys
+import zipfile
+from pathlib import Path
+
+wheel, site = sys.argv[1:]
+names = zipfile.ZipFile(wheel).namelist()
+strangers = [n for n in names if not n.startswith(("loraplex/", "loraplex-"))]
+assert not strangers, f"the wheel holds files outside the package: {strangers}"
+for needed in ("loraplex/__init__.py", "loraplex/py.typed", "loraplex/native/loraplex_cpu.so"):
+    assert needed in names, f"the wheel lacks {needed}"
+modules = [
+    n.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    for n in names
+    if n.endswith(".py")
+]
+for module in modules:
+    path = importlib.import_module(module).__file__
+    assert path is not None and Path(path).is_relative_to(site), f"{module} comes from {path}"
+sys.stdout.write(f"{Path(wheel).name}: {len(modules)} modules import from the wheel\n")

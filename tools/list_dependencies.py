@@ -1,0 +1,14 @@
+"""Prints what pyproject.toml asks for, of the package and of all its groups, one line each.
+
+On a machine without an NVIDIA GPU, `torch` from the default index brings gigabytes of CUDA
+libraries; where pip can see a CPU build (a wheel folder, an extra index), the range in
+pyproject.toml admits it and pip prefers it.
+"""
+
+import sys
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+groups = project["dependency-groups"].values()
+sys.stdout.write("\n".join([*project["project"]["dependencies"], *sum(groups, [])]) + "\n")
