@@ -44,8 +44,12 @@ class Device(Protocol):
     model_info: ModelInfo
     num_pages: int
     page_bytes: int
-    runner: Runner
-    adapter_store: AdapterStore
+
+    @property
+    def runner(self) -> Runner: ...
+
+    @property
+    def adapter_store(self) -> AdapterStore: ...
 
     def close(self) -> None:
         """Give back threads and memory."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from loraplex.engine.adapter_manager import Adapter
 from loraplex.engine.request import Request
 from loraplex.engine.sampling_state import SamplingState
 from loraplex.engine.step import Int32Array, PromptLogprobsSpan, StepBatch, StepPlan
@@ -123,7 +124,8 @@ def _lora_segments(
     requests: list[Request], cu_seqlens_q: Int32Array
 ) -> tuple[Int32Array, Int32Array, int]:
     """Runs of requests with one adapter: (segment_indptr, page_tables, max_rank)."""
-    indptr, adapters = [0], []
+    indptr = [0]
+    adapters: list[Adapter] = []
     for request, end in zip(requests, cu_seqlens_q[1:].tolist(), strict=True):
         if request.adapter is None:
             break

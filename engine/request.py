@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRARequest:
-    """Names an adapter. The name is what users and metrics see, the path is where it is read from."""
+    """Names an adapter: the name is what users and metrics see, the path where it is read from."""
 
     lora_name: str
     lora_path: str = ""

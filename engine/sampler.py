@@ -34,6 +34,9 @@ CHUNK_ELEMENTS = 1 << 26
 NUM_CANDIDATES = 256
 CANDIDATES_GROWTH = 4
 
+# Larger than any mass of weights, so that no choice falls within the candidates.
+UNKNOWN_MASS = 1e300
+
 # To find the largest elements of a row, maxima over so many stripes of it come first.
 NUM_STRIPES = 16
 
@@ -126,14 +129,15 @@ def _choose_by_top_p(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Arra
 def _choose_by_bounds(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int64Array:
     """For rows with top_k or min_p: top_p is a share of the mass that they leave, which is not
     known before they are decided."""
-    unknown = torch.full((len(rows), 1), torch.inf, dtype=torch.float64, device=logits.device)
+    unknown = torch.full((len(rows), 1), UNKNOWN_MASS, dtype=torch.float64, device=logits.device)
     return _choose_of_likely(logits, batch, rows, unknown)
 
 
 def _choose_of_likely(
     logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array, mass: torch.Tensor
 ) -> Int64Array:
-    """By min_p, top_k and top_p. mass [N, 1]: the weights' sum, if it is known at once."""
+    """By min_p, top_k and top_p. mass, float64 [N, 1]: what top_p is a share of, in units of the
+    likeliest token's probability."""
     token_ids = np.empty(len(rows), np.int64)
     left, num_candidates = np.arange(len(rows)), NUM_CANDIDATES
     while len(left):
@@ -156,29 +160,36 @@ def _choose_of_candidates(
 ) -> Int64Array:
     """A token for each row; -1 where more candidates are needed.
 
-    What min_p, top_k and top_p keep of the ranked tokens is a beginning of them. It is clear cut if
-    its last token ranks above the last candidate by its logit: then nothing beyond the candidates
-    belongs to it.
+    What min_p, top_k and top_p keep of the ranked tokens is a beginning of them. Candidates that
+    equal the last one don't count, since tokens that rank before them may be missing.
     """
     values, token_ids = _largest(logits, num_candidates)
-
-    def is_clear_cut(is_kept: torch.Tensor) -> torch.Tensor:
-        if num_candidates == logits.shape[1]:
-            return torch.ones_like(is_kept[:, :1])
-        return values.gather(1, is_kept.sum(-1, keepdim=True) - 1) > values[:, -1:]
-
+    is_sure = values > values[:, -1:]
+    if num_candidates == logits.shape[1]:
+        is_sure.fill_(True)
     scaled = values.float() / _column(batch.temperature, rows, logits)
-    weights = (scaled - scaled[:, :1]).double().exp()  # probabilities, relative to the largest
-    is_kept = weights >= _column(batch.min_p, rows, logits)
-    is_kept &= torch.arange(num_candidates, device=logits.device) < _column(
-        batch.top_k, rows, logits
-    )
-    mass = torch.where(is_clear_cut(is_kept), (weights * is_kept).sum(-1, keepdim=True), mass)
+    weights = (scaled - scaled[:, :1]).double().exp()
+    cumulative = weights.cumsum(-1)
     top_p = _column(batch.top_p, rows, logits)
-    is_kept &= (weights.cumsum(-1) - weights < top_p * mass) | (top_p == 1)
-    index, _ = _invert_cumulative(weights * is_kept, _column(batch.uniform, rows, logits))
-    chosen = torch.where(is_clear_cut(is_kept), token_ids.gather(1, index), -1)
-    return chosen[:, 0].cpu().numpy()
+
+    rank = torch.arange(num_candidates, device=logits.device)
+    is_kept = weights >= _column(batch.min_p, rows, logits)
+    is_kept &= rank < _column(batch.top_k, rows, logits)
+    last = is_kept.sum(-1, keepdim=True) - 1
+    mass = torch.where(is_sure.gather(1, last), cumulative.gather(1, last), mass)
+    is_kept &= (cumulative - weights < top_p * mass) | (top_p == 1)
+    last = is_kept.sum(-1, keepdim=True) - 1
+
+    # The mass of what is kept. If top_p cuts beyond the candidates, it is between top_p's share and
+    # that plus one token, which is enough to know, unless the choice falls just there.
+    is_known = is_sure.gather(1, last)
+    least = torch.where(is_known, cumulative.gather(1, last), top_p * mass)
+    most = torch.where(is_known, least, least + weights[:, -1:])
+    uniform = _column(batch.uniform, rows, logits)
+    index = torch.searchsorted(cumulative, uniform * torch.cat([least, most], 1), right=True)
+    chosen, at_most = index.clamp(max=num_candidates - 1).split(1, dim=1)
+    is_decided = (chosen == at_most) & is_sure.gather(1, chosen)
+    return torch.where(is_decided, token_ids.gather(1, chosen), -1)[:, 0].cpu().numpy()
 
 
 def _probabilities(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""How one request wants its tokens chosen and when to stop. Pure data; the sampler does the work."""
+"""How one request wants its tokens chosen, and when to stop. Pure data."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,7 @@ class SamplingParams:
     """Subtract this from the logit of a token for every time it is in the output."""
     seed: int | None = None
     """With a seed, the same request gives the same tokens, whatever else is in the batch."""
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     """Strings that end the output; a single string is taken as one."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the output, beside the model's end-of-sequence ids."""

@@ -1,4 +1,4 @@
-"""Checks a built wheel: its files are the package's and nothing else, and they are what is imported.
+"""Checks that a wheel holds the package and nothing else, and that it is what gets imported.
 
 Usage: check_wheel.py WHEEL SITE_PACKAGES
 """
