@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_client import CoreClient, EngineDeadError
-from loraplex.engine.input_processor import InputProcessor
+from loraplex.engine.input_processor import InputProcessor, Prompt, prompt_text
 from loraplex.engine.output_processor import OutputProcessor
 from loraplex.engine.outputs import RequestOutput
 from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo
@@ -26,10 +26,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CORE_FACTORY = "loraplex.engine.core:EngineCore"
+# How long, in seconds, an engine process that was asked to end may take before it is killed.
+SHUTDOWN_WAIT = 10.0
 # A longer text is tokenised in a thread: it would hold up everybody's streams.
 MAX_CHARS_ON_THE_LOOP = 16 * 1024
 
-Prompt = str | list[int] | dict[str, Any]
+T = TypeVar("T")
+
+
+async def call_for_text(function: Callable[[], T], num_characters: int) -> T:
+    """The result of a function that tokenises so much text: in a thread, if it is much."""
+    if num_characters > MAX_CHARS_ON_THE_LOOP:
+        return await asyncio.to_thread(function)
+    return function()
 
 
 class AsyncEngine:
@@ -95,8 +104,7 @@ class AsyncEngine:
         requests = await self._process_input(
             request_id, prompt, sampling_params, lora_request, tenant
         )
-        text = prompt if isinstance(prompt, str) else None
-        outputs = self._open(request_id, text, requests, stream)
+        outputs = self._open(request_id, prompt_text(prompt), requests, stream)
         try:
             self._client.add_requests(requests)
             while True:
@@ -142,7 +150,7 @@ class AsyncEngine:
             return
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
-        await self._client.shutdown()
+        await self._client.shutdown(SHUTDOWN_WAIT)
 
     def _load_tokenizer(self) -> Tokenizer:
         # Imported late: it brings transformers, which takes seconds.
@@ -166,9 +174,7 @@ class AsyncEngine:
             lora_request=lora_request,
             tenant=tenant,
         )
-        if isinstance(prompt, str) and len(prompt) > MAX_CHARS_ON_THE_LOOP:
-            return await asyncio.to_thread(process)
-        return process()
+        return await call_for_text(process, len(prompt) if isinstance(prompt, str) else 0)
 
     def _open(
         self, request_id: str, prompt: str | None, requests: list[EngineRequest], stream: bool

@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 # How long, in seconds, what a process wrote before it ended may take to arrive.
 LAST_WORDS_WAIT = 0.1
-# How long, in seconds, a process that was asked to end may take before it is killed.
-SHUTDOWN_WAIT = 10.0
 
 
 class EngineDeadError(RuntimeError):
@@ -128,7 +126,7 @@ class CoreClient:
                     result.set_exception(error)
             raise
 
-    async def shutdown(self, patience: float = SHUTDOWN_WAIT) -> None:
+    async def shutdown(self, patience: float) -> None:
         """End the process and remove what it leaves; after `patience` seconds it is killed."""
         try:
             if self._process.pid is not None:

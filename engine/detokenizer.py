@@ -106,16 +106,16 @@ class Detokenizer:
         """Add what waits for the rest of a character, when there is none. Returns as push."""
         return self._extend(self._decoder.finish())
 
-    def num_visible(self) -> int:
-        """How many characters of `text` can't turn out to be the beginning of a stop string."""
-        if self._keeps_stop or not self._stop:
-            return len(self.text)
+    def visible_text(self) -> str:
+        """`text`, less what may turn out to be the beginning of a stop string."""
+        if self._keeps_stop:
+            return self.text
         for start in range(max(0, len(self.text) - self._longest_stop + 1), len(self.text)):
             if self.text[start] in self._first_characters:
                 tail = self.text[start:]
                 if any(stop.startswith(tail) for stop in self._stop):
-                    return start
-        return len(self.text)
+                    return self.text[:start]
+        return self.text
 
     def _extend(self, piece: str) -> str | None:
         num_old = len(self.text)

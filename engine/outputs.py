@@ -9,7 +9,7 @@ from loraplex.engine.request import LoRARequest
 
 @dataclass(slots=True)
 class Logprob:
-    """Log-probability of a token before temperature and penalties, and its rank (1 is likeliest)."""
+    """Log-probability of a token before temperature and penalties; rank 1 is the likeliest."""
 
     logprob: float
     rank: int

@@ -26,7 +26,7 @@ Int64Array = npt.NDArray[np.int64]
 
 # Logits worked on at a time. On the CPU, temporaries of more than some MB come from the operating
 # system anew each time, which costs several times the arithmetic.
-CPU_CHUNK_ELEMENTS = 1 << 20
+CPU_CHUNK_ELEMENTS = 1 << 19
 CHUNK_ELEMENTS = 1 << 26
 
 # top_k, top_p and min_p look at the likeliest tokens: so many first, and so many times more while
@@ -160,13 +160,9 @@ def _choose_of_candidates(
 ) -> Int64Array:
     """A token for each row; -1 where more candidates are needed.
 
-    What min_p, top_k and top_p keep of the ranked tokens is a beginning of them. Candidates that
-    equal the last one don't count, since tokens that rank before them may be missing.
+    What min_p, top_k and top_p keep of the ranked tokens is a beginning of them.
     """
-    values, token_ids = _largest(logits, num_candidates)
-    is_sure = values > values[:, -1:]
-    if num_candidates == logits.shape[1]:
-        is_sure.fill_(True)
+    values, token_ids, is_sure = _largest(logits, num_candidates)
     scaled = values.float() / _column(batch.temperature, rows, logits)
     weights = (scaled - scaled[:, :1]).double().exp()
     cumulative = weights.cumsum(-1)
@@ -211,18 +207,17 @@ def _invert_cumulative(
     return index, (1 - (end - target) / weight).clamp(0, 1 - 2.0**-53)
 
 
-def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The count largest of each row and their token ids, [N, count] each, ranked.
-
-    Of tokens that equal the last one, some may be left out in favour of others with larger ids.
-    """
+def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The count largest values of each row, ranked: values, token ids and whether the rank is
+    sure, [N, count] each. It is not for those that equal the last, since others may be missing."""
     vocab_size = logits.shape[1]
     if vocab_size % NUM_STRIPES or 2 * NUM_STRIPES * count > vocab_size:
         values, token_ids = logits.topk(count, sorted=False)
     else:
         # Columns of stripes: the largest elements are in those with the largest maxima.
         width = vocab_size // NUM_STRIPES
-        columns = logits.unflatten(1, (NUM_STRIPES, width)).amax(1).topk(count, sorted=False)[1]
+        stripes = logits.unflatten(1, (NUM_STRIPES, width))
+        columns = stripes.amax(1).topk(count, sorted=False).indices
         starts = torch.arange(0, vocab_size, width, device=logits.device)
         token_ids = (starts[:, None] + columns[:, None, :]).flatten(1)
         values, index = logits.gather(1, token_ids).topk(count, sorted=False)
@@ -232,7 +227,9 @@ def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     bits = (values.float() + 0.0).view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     order = ((ordered << 32) - token_ids).argsort(descending=True)
-    return values.gather(1, order), token_ids.gather(1, order)
+    values, token_ids = values.gather(1, order), token_ids.gather(1, order)
+    is_sure = values > values[:, -1:] if count < vocab_size else torch.ones_like(values).bool()
+    return values, token_ids, is_sure
 
 
 def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: slice) -> torch.Tensor:
@@ -284,35 +281,43 @@ def _score_sampled(
 
 def _score(logits: torch.Tensor, chosen: torch.Tensor, num_logprobs: int) -> list[TokenLogprobs]:
     """Of each row [N, vocab_size]: its chosen token, int64 [N], and the num_logprobs likeliest."""
-    vocab_size = logits.shape[1]
-    chosen = chosen[:, None]
-    value = logits.gather(1, chosen)
-    all_ids = torch.arange(vocab_size, device=logits.device)
-    is_before = (logits > value) | ((logits == value) & (all_ids < chosen))
-    rank = 1 + is_before.sum(-1, keepdim=True)
-    likeliest = _likeliest(logits, min(num_logprobs, vocab_size))
-    ranks = torch.arange(1, 1 + likeliest.shape[1], device=logits.device).expand_as(likeliest)
+    num_logprobs = min(num_logprobs, logits.shape[1])
+    logits, chosen = logits.float(), chosen[:, None]
+    candidates, is_sure = _likeliest(logits, num_logprobs)
+    likeliest = candidates[:, :num_logprobs]
+    ranks = torch.arange(1, 1 + num_logprobs, device=logits.device).expand_as(likeliest)
+
+    is_chosen = is_sure & (candidates == chosen)
+    rank = 1 + is_chosen.int().argmax(-1, keepdim=True)
+    far = np.flatnonzero(~is_chosen.any(-1).cpu().numpy())
+    if len(far):
+        rank[_to(logits, far)] = _rank(_take(logits, far), _take(chosen, far))
+
     token_ids = torch.cat([chosen, likeliest], 1)
-    logprobs = torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, token_ids)
-    return [
-        TokenLogprobs(*entry)
-        for entry in zip(
-            token_ids.tolist(), logprobs.tolist(), torch.cat([rank, ranks], 1).tolist(), strict=True
-        )
-    ]
+    logprobs = torch.log_softmax(logits, -1).gather(1, token_ids)
+    ranks = torch.cat([rank, ranks], 1)
+    entries = zip(token_ids.tolist(), logprobs.tolist(), ranks.tolist(), strict=True)
+    return [TokenLogprobs(*entry) for entry in entries]
 
 
-def _likeliest(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """Token ids of the count largest of each row, [N, count], ranked."""
+def _likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest tokens of each row, ranked, and whether the rank is sure; [N, C] each. It is
+    for the first count of them at least."""
     num_candidates = NUM_CANDIDATES
-    while count:
+    while True:
         num_candidates = min(num_candidates, logits.shape[1])
-        values, token_ids = _largest(logits, num_candidates)
-        is_clear_cut = (values[:, count - 1] > values[:, -1]).all()
-        if num_candidates == logits.shape[1] or is_clear_cut:
-            return token_ids[:, :count]
+        _, token_ids, is_sure = _largest(logits, num_candidates)
+        if is_sure[:, :count].all():
+            return token_ids, is_sure
         num_candidates *= CANDIDATES_GROWTH
-    return torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
+
+
+def _rank(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """The rank, from 1, of each row's token; int64 [N, 1]."""
+    value = logits.gather(1, token_ids)
+    all_ids = torch.arange(logits.shape[1], device=logits.device)
+    is_before = (logits > value) | ((logits == value) & (all_ids < token_ids))
+    return 1 + is_before.sum(-1, keepdim=True)
 
 
 def _chunks(rows: Sized, logits: torch.Tensor) -> Iterator[slice]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from make_adapters import write_adapter
+from synthetic_adapters import write_adapter
 from transformers import AutoTokenizer
 
 from loraplex.engine.config import EngineConfig

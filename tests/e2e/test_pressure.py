@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from make_adapters import write_adapter
+from synthetic_adapters import write_adapter
 
 from loraplex import LLM, EngineConfig, LoRARequest, SamplingParams
 from loraplex.engine.models.registry import lora_spec

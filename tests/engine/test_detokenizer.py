@@ -86,7 +86,14 @@ class SpaceTokenizer:
 
     def __init__(self):
         vocab = {f"<0x{i:02X}>": i for i in range(256)}
-        vocab |= {"\u2581": 256, "\u2581hi": 257, "ho": 258, "\u2581\u2581": 259, "é": 260, "x": 261}
+        vocab |= {
+            "\u2581": 256,
+            "\u2581hi": 257,
+            "ho": 258,
+            "\u2581\u2581": 259,
+            "é": 260,
+            "x": 261,
+        }
         self.backend = Tokenizer(BPE(vocab, [], byte_fallback=True))
         self.backend.decoder = decoders.Sequence(
             [
@@ -101,7 +108,9 @@ class SpaceTokenizer:
         return self.backend.decode(list(token_ids))
 
 
-@given(st.lists(st.integers(256, 261).map(lambda t: [t]) | st.just(list("你".encode())), max_size=60))
+@given(
+    st.lists(st.integers(256, 261).map(lambda t: [t]) | st.just(list("你".encode())), max_size=60)
+)
 def test_pieces_add_up_where_spaces_depend_on_what_is_before(groups):
     tokenizer, token_ids = SpaceTokenizer(), sum(groups, [])
     pieces = pieces_of(tokenizer, token_ids)
@@ -117,7 +126,7 @@ def run(chunks: list[bytes], **params) -> tuple[str, str | None, int]:
         stop = detokenizer.push(num_tokens - 1)
         if stop is not None:
             break
-        shown = detokenizer.text[: detokenizer.num_visible()]
+        shown = detokenizer.visible_text()
         assert shown.startswith(visible)
         visible = shown
     else:
@@ -161,7 +170,7 @@ def test_beginning_of_a_stop_string_is_held_back_until_it_is_decided():
     shown = []
     for token_id in b"a\n\nUs\nb##":
         assert detokenizer.push(token_id) is None
-        shown.append(detokenizer.text[: detokenizer.num_visible()])
+        shown.append(detokenizer.visible_text())
     assert shown == ["a"] * 5 + ["a\n\nUs", "a\n\nUs\nb", "a\n\nUs\nb", "a\n\nUs\nb"]
     assert detokenizer.push(ord("#")) == "###"
     assert detokenizer.text == "a\n\nUs\nb"
@@ -172,7 +181,7 @@ def test_text_is_not_held_back_where_the_stop_string_stays():
         ByteTokenizer(), SamplingParams(stop="xy", include_stop_str_in_output=True)
     )
     assert detokenizer.push(ord("x")) is None
-    assert detokenizer.num_visible() == 1
+    assert detokenizer.visible_text() == "x"
 
 
 def test_stop_strings_do_not_count_before_min_tokens():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from make_adapters import llama_spec, write_adapter
+from synthetic_adapters import llama_spec, write_adapter
 
 from loraplex.lora import host_store
 from loraplex.lora.host_store import HostAdapterStore

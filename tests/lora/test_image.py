@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_adapters import llama_spec
+from synthetic_adapters import llama_spec
 
 from loraplex.lora import ops
 from loraplex.lora.image import (

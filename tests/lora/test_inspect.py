@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from make_adapters import llama_spec, write_adapter
+from synthetic_adapters import llama_spec, write_adapter
 
 from loraplex.lora.image import pack_image
 from loraplex.lora.inspect import inspect_adapter

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from make_adapters import llama_spec
 from peft import LoraConfig, PeftModel, get_peft_model
+from synthetic_adapters import llama_spec
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.lora.image import pack_image, unpack_image

@@ -1,0 +1,89 @@
+"""Factories of fake cores, for whoever starts an engine process.
+
+What a prompt's text asks for: "long" is answered with letters without end, "crash" breaks the step
+in which it would run, "die" ends the process without a word; anything else is echoed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fakes import FakeCore, echo
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.request import EngineOutput, EngineRequest
+
+STEP_SECONDS = float(os.environ.get("FAKE_STEP_SECONDS", "0.001"))
+
+
+class Letters(Sequence):
+    """a, b, c, ... z, a, b, ..."""
+
+    def __len__(self) -> int:
+        return 1 << 60
+
+    def __getitem__(self, index: Any) -> int:
+        return ord("a") + index % 26
+
+
+def reply(request: EngineRequest) -> Sequence[int]:
+    if b"long" in bytes(t for t in request.prompt_token_ids if t < 256):
+        return Letters()
+    return echo(request)
+
+
+class ServedCore(FakeCore):
+    """Takes STEP_SECONDS for a step, and counts."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(
+            reply, max_model_len=config.max_model_len or 1024, max_num_seqs=config.max_num_seqs
+        )
+        self.num_tokens = 0
+
+    def step(self) -> list[EngineOutput]:
+        for request in self.requests.values():
+            text = bytes(t for t in request.prompt_token_ids if t < 256)
+            if b"crash" in text:
+                raise RuntimeError("the fake accelerator fell off the bus")
+            if b"die" in text:
+                os.kill(os.getpid(), signal.SIGKILL)
+        if self.requests:
+            time.sleep(STEP_SECONDS)
+        outputs = super().step()
+        self.num_tokens += sum(len(output.new_token_ids) for output in outputs)
+        return outputs
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            **super().stats(),
+            "num_seen": len(self.seen),
+            "num_aborted": len(self.aborted),
+            "steps": self.num_steps,
+            "output_tokens": self.num_tokens,
+            "preemptions": 0,
+            "adapter_loads": 0,
+            "adapter_evictions": 0,
+            "prefix_hit_tokens": 0,
+        }
+
+
+def make_core(config: EngineConfig) -> FakeCore:
+    return ServedCore(config)
+
+
+def refuse_config(config: EngineConfig) -> FakeCore:
+    raise ValueError("pool_bytes=1 is not allowed: it must be more")
+
+
+def break_at_start(config: EngineConfig) -> FakeCore:
+    raise OSError("no such accelerator")
+
+
+def never_start(config: EngineConfig) -> FakeCore:
+    time.sleep(3600)
+    raise AssertionError("nobody waits so long")

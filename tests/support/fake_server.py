@@ -1,0 +1,33 @@
+"""The real server, and engine process, around a fake core. A script with the flags of
+`loraplex serve`, and --core, which names one of fake_core's factories."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from fakes import ByteTokenizer
+
+from loraplex.engine.async_engine import AsyncEngine
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.core_process import LOG_FORMAT
+from loraplex.entrypoints.config_arguments import config_from_arguments
+from loraplex.entrypoints.serve import add_serve_arguments
+from loraplex.entrypoints.server import run_server
+from loraplex.entrypoints.server_config import ServerConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--core", default="make_core")
+    add_serve_arguments(parser)
+    arguments = parser.parse_args()
+    server_config = config_from_arguments(arguments, ServerConfig)
+    logging.basicConfig(level=server_config.log_level.upper(), format=LOG_FORMAT)
+    engine_config = config_from_arguments(arguments, EngineConfig)
+    engine = AsyncEngine(engine_config, f"fake_core:{arguments.core}", ByteTokenizer())
+    run_server(engine, server_config)
+
+
+if __name__ == "__main__":
+    main()

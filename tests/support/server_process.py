@@ -1,0 +1,104 @@
+"""A `fake_server` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+FAKE_SERVER = Path(__file__).with_name("fake_server.py")
+ADDRESS = re.compile(r"Serving on (http://\S+)")
+
+
+class ServerProcess:
+    """A server that started. `log` is all it wrote so far."""
+
+    def __init__(self, process: subprocess.Popen, log_file: Path, socket_root: Path) -> None:
+        self.process = process
+        self.socket_root = socket_root
+        self._log_file = log_file
+        self.url = self._wait_for_address()
+
+    @property
+    def log(self) -> str:
+        return self._log_file.read_text()
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def metric(self, name: str) -> float:
+        """The value of a metric, written with its labels; 0.0 if it is not there."""
+        text = httpx.get(f"{self.url}/metrics").text
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def wait_for_metric(self, name: str, value: float, timeout: float = 5.0) -> None:
+        deadline = time.monotonic() + timeout
+        while (last := self.metric(name)) != value:
+            assert time.monotonic() < deadline, f"{name} is {last} and not {value}"
+            time.sleep(0.02)
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 10.0) -> int:
+        """Signal the server and return its exit status; nothing of it may be left."""
+        descendants = self.descendants()
+        self.process.send_signal(number)
+        status = self.process.wait(timeout)
+        _, alive = psutil.wait_procs(descendants, timeout=2)
+        assert alive == [], "no process is left"
+        assert list(self.socket_root.iterdir()) == [], "no socket is left"
+        return status
+
+    def _wait_for_address(self) -> str:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if (found := ADDRESS.search(self.log)) is not None:
+                url = found[1]
+                while not _answers(url):
+                    time.sleep(0.01)
+                return url
+            assert self.process.poll() is None, self.log
+            time.sleep(0.02)
+        raise AssertionError(self.log)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def popen_server(*flags: str, directory: Path, **variables: str) -> subprocess.Popen:
+    """The process only, which may be on its way to an error; it logs to directory/log."""
+    (directory / "sockets").mkdir()
+    with (directory / "log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, str(FAKE_SERVER), "--port", "0", *flags],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(directory / "sockets"), **variables},
+        )
+
+
+@contextmanager
+def running_server(*flags: str, **variables: str) -> Iterator[ServerProcess]:
+    """A server with these flags and environment variables, which ends with the block."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        process = popen_server(*flags, directory=directory, **variables)
+        try:
+            yield ServerProcess(process, directory / "log", directory / "sockets")
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
