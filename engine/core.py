@@ -91,12 +91,15 @@ class EngineCore:
             config.max_num_seqs, self.model_info.max_model_len, config.block_size
         )
         self._num_steps = 0
+        # Whether the last step found nothing to compute: all requests wait for their adapters.
+        self._is_starved = False
 
     def step(self) -> list[EngineOutput]:
         """Schedule, execute, update. Gives [] while all requests wait for their adapters."""
         plan = self._scheduler.schedule()
         self._input_batch.release(plan.stopped)
-        if not plan.num_new_tokens:
+        self._is_starved = not plan.num_new_tokens
+        if self._is_starved:
             return self._scheduler.take_outputs()
         batch = self._input_batch.build(plan)
         result = self._device.runner.execute(batch)
@@ -126,8 +129,9 @@ class EngineCore:
         return self._scheduler.has_unfinished_requests()
 
     def wait_for_work(self, timeout: float) -> None:
-        """Wait until an adapter came closer, or for so many seconds."""
-        self._wake.wait(timeout)
+        """Wait until an adapter came closer, or for so many seconds; not if there is work now."""
+        if self._is_starved:
+            self._wake.wait(timeout)
         self._wake.clear()
 
     def stats(self) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""The offline API: prompts in, outputs back, in one process. Everything else is behind EngineCore."""
+"""The offline API: prompts in, outputs back, in one process. The engine is behind EngineCore."""
 
 from __future__ import annotations
 
 import itertools
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Self
+from types import FrameType, TracebackType
+from typing import Any, Self, SupportsIndex
 
 from tqdm import tqdm
 
@@ -35,11 +35,11 @@ WAIT_SECONDS = 0.1
 class LLM:
     """A model that generates text, with any adapter for any prompt.
 
-    Options are the fields of EngineConfig, by keyword. Raises ValueError for one that is unknown or
-    not allowed. One thread at a time may use it. It is a context manager that shuts down.
+    The options are EngineConfig's fields. Raises ValueError for one that is unknown or not allowed.
+    One thread at a time may use it. As a context manager it shuts down at the end.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str = EngineConfig.model, **options: Any) -> None:
         config = EngineConfig.from_options(model=model, **options)
         core = EngineCore(config)
         tokenizer = None
@@ -69,37 +69,40 @@ class LLM:
         use_tqdm: bool = True,
         return_errors: bool = False,
     ) -> list[RequestOutput]:
-        """Complete the prompts; one RequestOutput each, in their order.
+        """Complete the prompts; one RequestOutput for each, in their order.
 
         prompts: one or several of: a string, a list of token ids, {"prompt": text},
             {"prompt_token_ids": ids}.
         sampling_params: for all, or one for each prompt.
-        lora_request: the adapter for all, or one for each prompt, None being the base model.
-        return_errors: a request that fails has its `error` in its output. Without it the error is
-            raised: at once if the request is seen to be wrong before any runs, and otherwise when
-            the other requests have finished.
+        lora_request: the adapter for all, or one for each prompt; None is the base model.
+        return_errors: a request that fails has its `error` in its output, and the others are not
+            disturbed. Otherwise the error is raised: of a request that can be seen to be wrong,
+            before any runs; of one that fails later, when the others have finished.
         """
         prompts = _as_list(prompts)
         params = _one_for_each("sampling_params", sampling_params or SamplingParams(), len(prompts))
         lora_requests = _one_for_each("lora_request", lora_request, len(prompts))
+        request_ids = list(itertools.islice(self._request_ids, len(prompts)))
         outputs: dict[str, RequestOutput] = {}
         requests: list[tuple[str | None, list[EngineRequest]]] = []
-        for prompt, param, lora in zip(prompts, params, lora_requests, strict=True):
-            request_id = next(self._request_ids)
-            outputs[request_id] = RequestOutput(request_id, prompt_text(prompt), [], [], True, lora)
+        for request_id, prompt, param, lora in zip(
+            request_ids, prompts, params, lora_requests, strict=True
+        ):
+            text = prompt_text(prompt)
             try:
-                engine_requests = self._input_processor.process(request_id, prompt, param, lora)
-                requests.append((prompt_text(prompt), engine_requests))
+                requests.append((text, self._process(request_id, prompt, param, lora)))
             except ValueError as error:
                 if not return_errors:
                     raise
-                outputs[request_id].error = error
-        for output in self._run(requests, use_tqdm):
-            outputs[output.request_id] = output
-        for output in outputs.values():
+                outputs[request_id] = RequestOutput(
+                    request_id, text, [], [], finished=True, lora_request=lora, error=error
+                )
+        outputs |= {output.request_id: output for output in self._run(requests, use_tqdm)}
+        in_order = [outputs[request_id] for request_id in request_ids]
+        for output in in_order:
             if output.error is not None and not return_errors:
                 raise output.error
-        return list(outputs.values())
+        return in_order
 
     def chat(
         self,
@@ -110,13 +113,14 @@ class LLM:
         return_errors: bool = False,
         **chat_template_options: Any,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several; see generate.
+        """Answer a conversation, or each of several; see generate.
 
-        messages: dicts with "role" and "content"; several conversations are a list of lists.
-        chat_template_options: what the model's chat template takes, and add_generation_prompt.
+        messages: dicts with "role" and "content"; several conversations are a list of such lists.
+        chat_template_options: add_generation_prompt, and what the model's chat template knows.
         """
         tokenizer = self.get_tokenizer()
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        is_one = bool(messages) and isinstance(messages[0], dict)
+        conversations: Sequence[Any] = [messages] if is_one else messages
         prompts: list[Prompt] = []
         for conversation in conversations:
             token_ids = tokenizer.apply_chat_template(list(conversation), **chat_template_options)
@@ -129,10 +133,14 @@ class LLM:
         return self._core.stats()
 
     def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer. ValueError if there is none, by skip_tokenizer_init."""
+        """The tokenizer. ValueError if skip_tokenizer_init left it out."""
         if self._tokenizer is None:
             raise ValueError("there is no tokenizer: skip_tokenizer_init=True left it out")
         return self._tokenizer
+
+    def check_integrity(self) -> None:
+        """Assert that every page has one owner and every count adds up."""
+        self._core.check_integrity()
 
     def shutdown(self) -> None:
         """Give back memory and threads; the LLM is of no use afterwards."""
@@ -149,28 +157,128 @@ class LLM:
     ) -> None:
         self.shutdown()
 
+    def _process(
+        self, request_id: str, prompt: Prompt, params: Any, lora_request: Any
+    ) -> list[EngineRequest]:
+        if not isinstance(params, SamplingParams):
+            raise ValueError(
+                f"sampling_params={describe(params)} is not allowed: it must be SamplingParams"
+            )
+        if lora_request is not None and not isinstance(lora_request, LoRARequest):
+            raise ValueError(
+                f"lora_request={describe(lora_request)} is not allowed: it must be a LoRARequest, "
+                "or None for the base model"
+            )
+        return self._input_processor.process(request_id, prompt, params, lora_request)
+
     def _run(
         self, requests: list[tuple[str | None, list[EngineRequest]]], use_tqdm: bool
-    ) -> Iterator[RequestOutput]:
-        """Outputs as requests finish. What is left when the caller gives up is aborted."""
+    ) -> list[RequestOutput]:
+        """Run (prompt text, engine requests) pairs to their ends. Whatever ends it early, what has
+        not finished is aborted."""
         core, processor = self._core, self._output_processor
-        unfinished: set[str] = set()
-        progress = tqdm(total=len(requests), disable=not use_tqdm, unit="request")
-        num_output_tokens = 0
-        with progress, _interrupts_between_steps() as check_interrupt:
+        running: set[str] = set()
+        finished: list[RequestOutput] = []
+        bar = _ProgressBar(total=len(requests), unit=" requests", disable=not use_tqdm)
+        with bar, _interrupts_between_steps() as check_interrupt:
             try:
-                refused: list[EngineOutput] = []
+                outputs: list[EngineOutput] = []
                 for prompt, engine_requests in requests:
-                    unfinished.add(processor.add_request(prompt, engine_requests, stream=False))
-                    refused += self._submit(engine_requests)
-                outputs = refused
-                while unfinished:
+                    running.add(processor.add_request(prompt, engine_requests, stream=False))
+                    outputs += self._submit(engine_requests)
+                while True:
                     processed = processor.process_outputs(outputs)
                     core.abort_requests(processed.aborts)
-                    for output in processed.request_outputs:
-                        unfinished.remove(output.request_id)
-                        num_output_tokens += sum(len(c.token_ids) for c in output.outputs)
-                        ...
+                    if processed.request_outputs:
+                        running.difference_update(o.request_id for o in processed.request_outputs)
+                        finished += processed.request_outputs
+                        bar.add(processed.request_outputs)
+                    if not core.has_unfinished_requests():
+                        return finished
+                    check_interrupt()
+                    outputs = core.step()
+                    if not outputs:
+                        core.wait_for_work(WAIT_SECONDS)
             finally:
-                for request_id in unfinished:
+                for request_id in running:
                     core.abort_requests(processor.abort_request(request_id))
+
+    def _submit(self, requests: list[EngineRequest]) -> list[EngineOutput]:
+        """Hand requests to the core. Returns an output for each that it refuses."""
+        refusals = []
+        for request in requests:
+            try:
+                self._core.add_request(request)
+            except RequestError as error:
+                refusals.append(
+                    EngineOutput(
+                        request_id=request.request_id,
+                        new_token_ids=[],
+                        finish_reason=FinishReason.ERROR,
+                        error=str(error),
+                        error_status=error.status,
+                    )
+                )
+        return refusals
+
+
+def _as_list(prompts: Any) -> list[Prompt]:
+    """The prompts, of which there may be one by itself."""
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    prompts = list(prompts)
+    is_token_ids = bool(prompts) and isinstance(prompts[0], SupportsIndex)
+    return [prompts] if is_token_ids else prompts
+
+
+def _one_for_each(name: str, value: Any, num_prompts: int) -> Sequence[Any]:
+    """The value repeated, or the values if there are as many as prompts."""
+    if not isinstance(value, list | tuple):
+        return [value] * num_prompts
+    if len(value) != num_prompts:
+        raise ValueError(
+            f"{name} of length {len(value)} is not allowed: with {num_prompts} prompts it must be "
+            f"one for all, or a list of length {num_prompts}"
+        )
+    return value
+
+
+class _ProgressBar(tqdm):
+    """Counts finished requests, and shows the rate of their output tokens."""
+
+    num_output_tokens = 0
+
+    def add(self, outputs: list[RequestOutput]) -> None:
+        if self.disable:
+            return
+        self.num_output_tokens += sum(len(c.token_ids) for o in outputs for c in o.outputs)
+        rate = self.num_output_tokens / max(self.format_dict["elapsed"], 1e-6)
+        self.set_postfix_str(f"{rate:.1f} output tokens/s", refresh=False)
+        self.update(len(outputs))
+
+
+@contextmanager
+def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Ctrl-C tears no step apart: it raises KeyboardInterrupt where the function that this gives is
+    called. A second one raises at once. A handler of the program's own is left alone."""
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    is_interrupted = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal is_interrupted
+        if is_interrupted:
+            raise KeyboardInterrupt
+        is_interrupted = True
+
+    def check() -> None:
+        if is_interrupted:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,21 +8,21 @@ and among equals by token id, so that ties depend neither on the device nor on t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from loraplex.engine.request import TokenLogprobs
-from loraplex.engine.sampling_state import (
-    LogitAdjustments,
-    SamplingBatch,
-    TokensOfRows,
-)
+from loraplex.engine.sampling_state import LogitAdjustments, SamplingBatch, TokensOfRows
 
 Int64Array = npt.NDArray[np.int64]
+# Of logits [N, vocab_size], the batch, and the N rows of the batch that they are.
+Choice = Callable[[torch.Tensor, SamplingBatch, Int64Array], Int64Array]
+MassOf = Callable[[torch.Tensor, SamplingBatch, Int64Array], torch.Tensor]
 
 # Logits worked on at a time. On the CPU, temporaries of more than some MB come from the operating
 # system anew each time, which costs several times the arithmetic.
@@ -31,11 +31,8 @@ CHUNK_ELEMENTS = 1 << 26
 
 # top_k, top_p and min_p look at the likeliest tokens: so many first, and so many times more while
 # that does not decide a row.
-NUM_CANDIDATES = 256
+NUM_CANDIDATES = 80
 CANDIDATES_GROWTH = 4
-
-# Larger than any mass of weights, so that no choice falls within the candidates.
-UNKNOWN_MASS = 1e300
 
 # To find the largest elements of a row, maxima over so many stripes of it come first.
 NUM_STRIPES = 16
@@ -54,18 +51,20 @@ class SamplerOutput:
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> SamplerOutput:
     """A token for each row. logits: [R, vocab_size] of any floating type; they stay as they are."""
-    all_rows = np.arange(len(logits))
+    rows = np.arange(len(logits))
     adjustments = batch.adjustments
     if adjustments is None:
-        token_ids = _choose(logits, batch, all_rows)
+        token_ids = _choose(logits, batch, rows)
     else:
         token_ids = np.empty(len(logits), np.int64)
-        plain = np.delete(all_rows, adjustments.rows)
-        token_ids[plain] = _choose(_take(logits, plain), batch, plain)
-        for part in _chunks(adjustments.rows, logits):
-            rows = adjustments.rows[part]
-            adjusted = _adjust(_take(logits, rows), adjustments, part)
-            token_ids[rows] = _choose(adjusted, batch, rows)
+        plain = np.delete(rows, adjustments.rows)
+        token_ids[plain] = _choose(logits, batch, plain)
+        for part in _chunks(np.arange(len(adjustments.rows)), logits):
+            adjusted_rows = adjustments.rows[part]
+            adjusted = _adjust(_take(logits, adjusted_rows), adjustments, part)
+            token_ids[adjusted_rows] = _choose(
+                adjusted, batch.select(adjusted_rows), part - part[0]
+            )
     return SamplerOutput(token_ids=token_ids, logprobs=_score_sampled(logits, batch, token_ids))
 
 
@@ -74,28 +73,34 @@ def prompt_logprobs(
 ) -> list[TokenLogprobs]:
     """What each row's logits [N, vocab_size] say of the token, int64 [N], that followed it."""
     scores: list[TokenLogprobs] = []
-    for part in _chunks(target_ids, logits):
-        scores += _score(logits[part], target_ids[part], num_logprobs)
+    for rows in _chunks(np.arange(len(logits)), logits):
+        scores += _score(_take(logits, rows), _take(target_ids, rows), num_logprobs)
     return scores
 
 
-def _choose(logits: torch.Tensor, batch: SamplingBatch, batch_rows: Int64Array) -> Int64Array:
-    """A token for each row of logits; they are these rows of the batch."""
-    is_random = batch.temperature[batch_rows] > 0
-    has_top_p = batch.top_p[batch_rows] < 1
-    has_bound = (batch.top_k[batch_rows] < logits.shape[1]) | (batch.min_p[batch_rows] > 0)
-    token_ids = np.empty(len(batch_rows), np.int64)
+def _choose(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int64Array:
+    """A token for each of these rows of logits and batch."""
+    is_random = batch.temperature[rows] > 0
+    has_top_p = batch.top_p[rows] < 1
+    has_bound = (batch.top_k[rows] < logits.shape[1]) | (batch.min_p[rows] > 0)
+    token_ids = np.empty(len(rows), np.int64)
     for is_mine, choose in (
-        (~is_random, _choose_greedy),
-        (is_random & ~has_top_p & ~has_bound, _choose_of_all),
-        (is_random & has_top_p & ~has_bound, _choose_by_top_p),
-        (is_random & has_bound, _choose_by_bounds),
+        (~is_random, partial(_in_chunks, _choose_greedy)),
+        (is_random & ~has_top_p & ~has_bound, partial(_in_chunks, _choose_of_all)),
+        (is_random & has_top_p & ~has_bound, partial(_choose_of_likely, _mass_of_all)),
+        (is_random & has_bound, partial(_choose_of_likely, _mass_unknown)),
     ):
-        mine = np.flatnonzero(is_mine)
-        for part in _chunks(mine, logits):
-            rows = mine[part]
-            token_ids[rows] = choose(_take(logits, rows), batch, batch_rows[rows])
+        if is_mine.any():
+            token_ids[is_mine] = choose(logits, batch, rows[is_mine])
     return token_ids
+
+
+def _in_chunks(
+    choose: Choice, logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array
+) -> Int64Array:
+    return np.concatenate(
+        [choose(_take(logits, part), batch, part) for part in _chunks(rows, logits)]
+    )
 
 
 def _choose_greedy(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int64Array:
@@ -106,57 +111,53 @@ def _choose_greedy(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array)
 
 
 def _choose_of_all(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int64Array:
+    """Of the whole vocabulary: find the block of tokens first, and then the token in it."""
     vocab_size = logits.shape[1]
-    probs = _probabilities(logits, batch, rows)
-    # The cumulative distribution of blocks first, and then that of one block.
     in_blocks = vocab_size - vocab_size % BLOCK
+    probs = _probabilities(logits, batch, rows)
     masses = probs[:, :in_blocks].unflatten(1, (-1, BLOCK)).sum(-1)
     if in_blocks < vocab_size:
         masses = torch.cat([masses, probs[:, in_blocks:].sum(-1, keepdim=True)], 1)
     block, uniform = _invert_cumulative(masses, _column(batch.uniform, rows, logits))
     token_ids = block * BLOCK + torch.arange(BLOCK, device=logits.device)
-    probs_in_block = probs.gather(1, token_ids.clamp(max=vocab_size - 1))
-    index, _ = _invert_cumulative(probs_in_block * (token_ids < vocab_size), uniform)
+    probs = probs.gather(1, token_ids.clamp(max=vocab_size - 1)) * (token_ids < vocab_size)
+    index, _ = _invert_cumulative(probs, uniform)
     return token_ids.gather(1, index)[:, 0].cpu().numpy()
 
 
-def _choose_by_top_p(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int64Array:
-    """For rows with top_p alone: it is a share of the mass of all tokens."""
-    largest = _probabilities(logits, batch, rows).amax(-1, keepdim=True)
-    return _choose_of_likely(logits, batch, rows, 1 / largest.double())
-
-
-def _choose_by_bounds(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int64Array:
-    """For rows with top_k or min_p: top_p is a share of the mass that they leave, which is not
-    known before they are decided."""
-    unknown = torch.full((len(rows), 1), UNKNOWN_MASS, dtype=torch.float64, device=logits.device)
-    return _choose_of_likely(logits, batch, rows, unknown)
-
-
 def _choose_of_likely(
-    logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array, mass: torch.Tensor
+    mass_of: MassOf,
+    logits: torch.Tensor,
+    batch: SamplingBatch,
+    rows: Int64Array,
 ) -> Int64Array:
-    """By min_p, top_k and top_p. mass, float64 [N, 1]: what top_p is a share of, in units of the
-    likeliest token's probability."""
-    token_ids = np.empty(len(rows), np.int64)
-    left, num_candidates = np.arange(len(rows)), NUM_CANDIDATES
-    while len(left):
-        num_candidates = min(num_candidates, logits.shape[1])
-        chosen = _choose_of_candidates(
-            _take(logits, left), batch, rows[left], _take(mass, left), num_candidates
-        )
-        token_ids[left] = chosen
-        left = left[chosen < 0]
+    """By min_p, top_k and top_p. mass_of gives the mass that top_p is a share of."""
+    token_ids = np.full(len(rows), -1)
+    num_candidates = NUM_CANDIDATES
+    while len(left := np.flatnonzero(token_ids < 0)):
+        choose = partial(_choose_of_candidates, mass_of, min(num_candidates, logits.shape[1]))
+        token_ids[left] = _in_chunks(choose, logits, batch, rows[left])
         num_candidates *= CANDIDATES_GROWTH
     return token_ids
 
 
+def _mass_of_all(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> torch.Tensor:
+    """Of all tokens, in units of the likeliest one's probability; float64 [N, 1]."""
+    return 1 / _probabilities(logits, batch, rows).amax(-1, keepdim=True).double()
+
+
+def _mass_unknown(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> torch.Tensor:
+    """With top_k or min_p, top_p is a share of what they leave. Before that is known, so much that
+    no candidate can be chosen; float64 [N, 1]."""
+    return torch.full((len(rows), 1), 1e300, dtype=torch.float64, device=logits.device)
+
+
 def _choose_of_candidates(
+    mass_of: MassOf,
+    num_candidates: int,
     logits: torch.Tensor,
     batch: SamplingBatch,
     rows: Int64Array,
-    mass: torch.Tensor,
-    num_candidates: int,
 ) -> Int64Array:
     """A token for each row; -1 where more candidates are needed.
 
@@ -172,6 +173,7 @@ def _choose_of_candidates(
     is_kept = weights >= _column(batch.min_p, rows, logits)
     is_kept &= rank < _column(batch.top_k, rows, logits)
     last = is_kept.sum(-1, keepdim=True) - 1
+    mass = mass_of(logits, batch, rows)
     mass = torch.where(is_sure.gather(1, last), cumulative.gather(1, last), mass)
     is_kept &= (cumulative - weights < top_p * mass) | (top_p == 1)
     last = is_kept.sum(-1, keepdim=True) - 1
@@ -232,13 +234,15 @@ def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     return values, token_ids, is_sure
 
 
-def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: slice) -> torch.Tensor:
-    """Logits of these of the adjusted rows with bias, min_tokens and penalties; a float32 copy."""
+def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: Int64Array) -> torch.Tensor:
+    """Logits, in float32, with bias, min_tokens and penalties. They are of a part of the adjusted
+    rows: a range of indices into adjustments.rows."""
+    first, last = part[0], part[-1]
 
     def locate(tokens: TokensOfRows) -> tuple[torch.Tensor, torch.Tensor, slice]:
-        start, stop = np.searchsorted(tokens.rows, (part.start, part.stop))
-        rows = _to(logits, tokens.rows[start:stop] - part.start)
-        return rows, _to(logits, tokens.token_ids[start:stop]), slice(start, stop)
+        found = slice(*np.searchsorted(tokens.rows, (first, last + 1)))
+        rows = _to(logits, tokens.rows[found] - first)
+        return rows, _to(logits, tokens.token_ids[found]), found
 
     adjusted = logits.to(torch.float32, copy=True)
     rows, token_ids, found = locate(adjustments.biased)
@@ -265,8 +269,7 @@ def _score_sampled(
     if len(wanted) == 0:
         return None
     scores: list[TokenLogprobs | None] = [None] * len(token_ids)
-    for part in _chunks(wanted, logits):
-        rows = wanted[part]
+    for rows in _chunks(wanted, logits):
         most = int(batch.num_logprobs[rows].max())
         found = _score(_take(logits, rows), _to(logits, token_ids[rows]), most)
         for row, score in zip(rows.tolist(), found, strict=True):
@@ -303,7 +306,7 @@ def _score(logits: torch.Tensor, chosen: torch.Tensor, num_logprobs: int) -> lis
 def _likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The likeliest tokens of each row, ranked, and whether the rank is sure; [N, C] each. It is
     for the first count of them at least."""
-    num_candidates = NUM_CANDIDATES
+    num_candidates = max(NUM_CANDIDATES, 2 * count)
     while True:
         num_candidates = min(num_candidates, logits.shape[1])
         _, token_ids, is_sure = _largest(logits, num_candidates)
@@ -320,12 +323,12 @@ def _rank(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return 1 + is_before.sum(-1, keepdim=True)
 
 
-def _chunks(rows: Sized, logits: torch.Tensor) -> Iterator[slice]:
-    """Slices of the rows, so that a slice's logits are not too many to work on at a time."""
+def _chunks(rows: Int64Array, logits: torch.Tensor) -> Iterator[Int64Array]:
+    """The rows in parts whose logits are not too many to work on at a time."""
     most = CPU_CHUNK_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS
     step = max(1, most // logits.shape[1])
     for start in range(0, len(rows), step):
-        yield slice(start, min(start + step, len(rows)))
+        yield rows[start : start + step]
 
 
 def _take(tensor: torch.Tensor, rows: Int64Array) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the output, beside the model's end-of-sequence ids."""
     include_stop_str_in_output: bool = False
-    """Keep the stop string at the end of the text."""
+    """Keep the stop string, or the text of the stop token, at the end of the text."""
     min_tokens: int = 0
     """No end of sequence, stop token or stop string before this many tokens."""
     max_tokens: int | None = 16
@@ -59,12 +59,14 @@ class SamplingParams:
     """Leave special tokens out of the text."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(
-            self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()}
-        )
+        # The object is frozen; this is its construction.
+        object.__setattr__(self, "stop", _as_tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
+        try:
+            logit_bias = {int(k): float(v) for k, v in (self.logit_bias or {}).items()}
+        except (AttributeError, TypeError, ValueError):
+            _check("logit_bias", self.logit_bias, False, "a dict of token ids to numbers")
+        object.__setattr__(self, "logit_bias", logit_bias)
         self._check_types()
         self._check_ranges()
 
@@ -123,6 +125,14 @@ class SamplingParams:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """One or several, or none, as a tuple."""
+    if value is None:
+        return ()
+    is_one = isinstance(value, str) or not isinstance(value, Iterable)
+    return (value,) if is_one else tuple(value)
 
 
 def _is_int(value: Any) -> bool:

@@ -66,6 +66,18 @@ class SamplingBatch:
     num_logprobs: Int32Array  # [R], NO_LOGPROBS where none are wanted
     adjustments: LogitAdjustments | None
 
+    def select(self, rows: Int64Array) -> SamplingBatch:
+        """These rows as a batch, without adjustments."""
+        return SamplingBatch(
+            temperature=self.temperature[rows],
+            top_k=self.top_k[rows],
+            top_p=self.top_p[rows],
+            min_p=self.min_p[rows],
+            uniform=self.uniform[rows],
+            num_logprobs=self.num_logprobs[rows],
+            adjustments=None,
+        )
+
 
 @dataclass(slots=True)
 class _SlotAdjustments:

@@ -2,6 +2,8 @@
 // keys of an item are repacked, kAttentionKeys at a time, into the layout that the matrix product
 // wants. Repacking costs less than the memory traffic of a decode and little beside the products of
 // a prefill.
+#include <omp.h>
+
 #include "gemm.h"
 #include "kernels.h"
 #include "simd.h"
@@ -12,7 +14,15 @@ namespace {
 constexpr int kKeys = kAttentionKeys;
 constexpr float kLowest = -1e30f;  // the maximum of no scores
 
+// Where kKeys keys and their values are.
+template <class T>
+struct KeyRows {
+  const T* k[kKeys];
+  const T* v[kKeys];
+};
+
 // Working memory of one thread, on its stack. Rows are as long as head_dim needs, at most this.
+template <class T>
 struct Scratch {
   alignas(64) float q[kAttentionRows * kMaxHeadDim];  // [rows, units of head_dim]
   alignas(64) float k[kMaxHeadDim * kKeys];           // [units of head_dim, keys]
@@ -20,7 +30,36 @@ struct Scratch {
   alignas(64) float scores[kAttentionRows * kKeys];   // [rows, keys], then the weights in units
   alignas(64) float sums[kAttentionRows * kMaxHeadDim];
   float max[kAttentionRows], weight[kAttentionRows], rescale[kAttentionRows];
+  KeyRows<T> located[2];  // the keys that are worked on, and those that come next
 };
+
+template <class T>
+LORAPLEX_INLINE const T* row_of(const CacheParams& cache, int64_t page, int64_t offset,
+                                int64_t kv_head) {
+  return static_cast<const T*>(cache.data) + page * cache.page_stride +
+         offset * cache.token_stride + kv_head * cache.head_stride;
+}
+
+// Finds an item's keys from key_begin on. Those past its end are zeros.
+template <class T>
+void locate(const AttentionParams& p, const AttentionItem& item, int64_t key_begin,
+            KeyRows<T>& rows) {
+  alignas(64) static const T kZeros[kMaxHeadDim] = {};
+  const int32_t* table = p.block_table + item.request * p.block_table_stride;
+  int64_t block = key_begin / p.block_size, offset = key_begin % p.block_size;
+  const int64_t num_keys = max(min(kKeys, item.key_end - key_begin), 0);
+  for (int64_t i = 0; i < num_keys; ++block, offset = 0) {
+    const T* k = row_of<T>(p.k_cache, table[block], offset, item.kv_head);
+    const T* v = row_of<T>(p.v_cache, table[block], offset, item.kv_head);
+    for (; offset < p.block_size && i < num_keys; ++offset, ++i) {
+      rows.k[i] = k;
+      rows.v[i] = v;
+      k += p.k_cache.token_stride;
+      v += p.v_cache.token_stride;
+    }
+  }
+  for (int64_t i = num_keys; i < kKeys; ++i) rows.k[i] = rows.v[i] = kZeros;
+}
 
 template <class T>
 struct Attention {
@@ -29,16 +68,13 @@ struct Attention {
 
   const AttentionParams& p;
   const AttentionItem& item;
-  Scratch& s;
+  Scratch<T>& s;
   const int64_t rows = item.row_end - item.row_begin;
-  const int64_t units = ceil_div(p.head_dim, kElements);        // of head_dim
-  const int64_t stride = ceil_div(units, kLanes) * kLanes;      // of units in whole vectors
-  const int64_t width = ceil_div(p.head_dim, kLanes) * kLanes;  // of floats in whole vectors
+  const int64_t units = ceil_div(p.head_dim, kElements);    // of head_dim
+  const int64_t stride = ceil_div(units, kLanes) * kLanes;  // the same, in whole vectors
+  const int64_t width = stride * kElements;                 // floats of those
   const int64_t first_token = p.cu_seqlens_q[item.request];
   const int64_t num_queries = p.cu_seqlens_q[item.request + 1] - first_token;
-
-  const T* k_rows[kKeys];
-  const T* v_rows[kKeys];
 
   LORAPLEX_INLINE int64_t query_of(int64_t row) const { return (item.row_begin + row) / p.group; }
   LORAPLEX_INLINE int64_t head_of(int64_t row) const {
@@ -49,18 +85,24 @@ struct Attention {
     return p.seq_lens[item.request] - num_queries + query_of(row) + 1;
   }
 
-  void run() {
+  // `next` is the item that this thread is likely to take up after this one.
+  void run(const AttentionItem& next) {
     load_queries();
     for (int64_t row = 0; row < rows; ++row) {
       s.max[row] = kLowest;
       s.weight[row] = 0;
     }
-    locate(item.key_begin);
+    KeyRows<T>*now = &s.located[0], *soon = &s.located[1];
+    locate(p, item, item.key_begin, *now);
     for (int64_t key = item.key_begin; key < item.key_end; key += kKeys) {
       const int64_t num_keys = min(kKeys, item.key_end - key);
-      pack_keys(num_keys);
-      pack_values(num_keys);
-      if (key + kKeys < item.key_end) locate(key + kKeys);
+      if (key + kKeys < item.key_end) {
+        locate(p, item, key + kKeys, *soon);
+      } else {
+        locate(p, next, next.key_begin, *soon);
+      }
+      pack_keys(num_keys, now->k, soon->k);
+      pack_values(num_keys, now->v, soon->v);
       const Gemm scores{s.q, stride, s.k, kKeys, s.scores, kKeys, units, nullptr};
       gemm<Unit>(scores, rows, num_keys);
       for (int64_t row = 0; row < rows; ++row) softmax(row, num_visible(row) - key, num_keys);
@@ -68,6 +110,9 @@ struct Attention {
       const Gemm sums{s.scores, kKeys, s.v, width, s.sums, width, ceil_div(num_keys, kElements),
                       rescale};
       gemm<Unit>(sums, rows, p.head_dim);
+      KeyRows<T>* const done = now;
+      now = soon;
+      soon = done;
     }
     if (item.partial < 0) {
       store_rows();
@@ -87,41 +132,22 @@ struct Attention {
     }
   }
 
-  // Finds the rows of the next keys, and asks for them ahead of their use. Keys past the item's end
-  // read the zeros that stand in for them.
-  void locate(int64_t key_begin) {
-    alignas(64) static const T kZeros[kMaxHeadDim] = {};
-    const int32_t* table = p.block_table + item.request * p.block_table_stride;
-    int64_t block = key_begin / p.block_size, offset = key_begin % p.block_size;
-    const int64_t num_keys = min(kKeys, item.key_end - key_begin);
-    for (int64_t i = 0; i < num_keys; ++i) {
-      k_rows[i] = row_of(p.k_cache, table[block], offset);
-      v_rows[i] = row_of(p.v_cache, table[block], offset);
-      for (int64_t d = 0; d < p.head_dim; d += 64 / sizeof(T)) {
-        __builtin_prefetch(k_rows[i] + d);
-        __builtin_prefetch(v_rows[i] + d);
-      }
-      if (++offset == p.block_size) {
-        offset = 0;
-        ++block;
-      }
-    }
-    for (int64_t i = num_keys; i < kKeys; ++i) k_rows[i] = v_rows[i] = kZeros;
+  // Rows that come next are fetched one by one beside those that are packed: a burst would queue
+  // up.
+  LORAPLEX_INLINE static void prefetch(const T* row, int64_t d) {
+    constexpr int kLine = 64 / sizeof(T);
+    if (d % kLine == 0) __builtin_prefetch(row + d, 0, 2);
   }
 
-  LORAPLEX_INLINE const T* row_of(const CacheParams& cache, int64_t page, int64_t offset) const {
-    return static_cast<const T*>(cache.data) + page * cache.page_stride +
-           offset * cache.token_stride + item.kv_head * cache.head_stride;
-  }
-
-  void pack_keys(int64_t num_keys) {
+  void pack_keys(int64_t num_keys, const T* const* k, const T* const* next_k) {
     for (int64_t key = 0; key < num_keys; key += kLanes) {
       for (int64_t unit = 0; unit < units; unit += kLanes) {
+        const int64_t d = unit * kElements;
         Vec tile[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
-          tile[i] =
-              load_units<Unit>(k_rows[key + i] + unit * kElements, p.head_dim - unit * kElements);
+          tile[i] = load_units<Unit>(k[key + i] + d, p.head_dim - d);
+          prefetch(next_k[key + i], d);
         }
         transpose(tile);
 #pragma GCC unroll 16
@@ -130,16 +156,21 @@ struct Attention {
     }
   }
 
-  void pack_values(int64_t num_keys) {
+  // Where a unit is two elements, it holds those of two keys.
+  void pack_values(int64_t num_keys, const T* const* v, const T* const* next_v) {
     for (int64_t key = 0; key < num_keys; key += kElements) {
       float* packed = s.v + key / kElements * width;
-      for_each_vector(p.head_dim, [&](int64_t d, auto load, auto) {
-        Vec value = load(v_rows[key] + d);
-        if constexpr (kElements == 2) {  // this key's bfloat16 below the next one's
-          value = (Vec)((UintVec)value >> 16 | (UintVec)load(v_rows[key + 1] + d));
+      for (int64_t d = 0; d < p.head_dim; d += kLanes * kElements) {
+        Vec first = load_units<Unit>(v[key] + d, p.head_dim - d);
+        prefetch(next_v[key], d);
+        if constexpr (kElements == 2) {
+          Vec second = load_units<Unit>(v[key + 1] + d, p.head_dim - d);
+          prefetch(next_v[key + 1], d);
+          zip_halves(first, second);
+          store(packed + d + kLanes, second);
         }
-        store(packed + d, value);
-      });
+        store(packed + d, first);
+      }
     }
   }
 
@@ -247,10 +278,12 @@ void attention(const AttentionParams& p) {
   dispatch(p.dtype, [&]<class T>(T*) {
 #pragma omp parallel if (p.parallel)
     {
-      Scratch scratch;
+      Scratch<T> scratch;
+      const int64_t num_threads = omp_get_num_threads();
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < p.num_items; ++i) {
-        Attention<T>{p, p.items[i], scratch}.run();
+        const int64_t next = min(i + num_threads, p.num_items - 1);
+        Attention<T>{p, p.items[i], scratch}.run(p.items[next]);
       }
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < p.num_merges; ++i) {

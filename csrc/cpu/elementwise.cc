@@ -10,20 +10,21 @@ constexpr int64_t kParallelElements = 1 << 14;
 
 template <class T>
 LORAPLEX_INLINE void add_residual(T* x, T* residual, int64_t size) {
-  for_each_vector(size, [&](int64_t i, auto load, auto store) {
+  for_each_wide(size, [&](int64_t i, auto load, auto store) {
     store(residual + i, load(residual + i) + load(x + i));
   });
 }
 
 template <class T>
 LORAPLEX_INLINE void normalize(T* out, const T* x, const T* weight, float eps, int64_t size) {
-  Vec squares{};
-  for_each_vector(size, [&](int64_t i, auto load, auto) {
-    const Vec value = load(x + i);
-    squares += value * value;
+  Wide squares{};
+  for_each_wide(size, [&](int64_t i, auto load, auto) {
+    const Wide value = load(x + i);
+    squares = squares + value * value;
   });
-  const float scale = 1.0f / __builtin_sqrtf(reduce_add(squares) / size + eps);
-  for_each_vector(size, [&](int64_t i, auto load, auto store) {
+  const float sum = reduce_add(squares.first + squares.second);
+  const float scale = 1.0f / __builtin_sqrtf(sum / size + eps);
+  for_each_wide(size, [&](int64_t i, auto load, auto store) {
     store(out + i, load(x + i) * scale * load(weight + i));
   });
 }
@@ -38,14 +39,18 @@ LORAPLEX_INLINE void rotate(T* x, const float* cos_sin, int64_t half) {
   });
 }
 
+LORAPLEX_INLINE Vec silu(Vec x) {
+  constexpr float kLog2e = 1.44269504f;
+  const Vec power = x * -kLog2e;
+  const Vec result = x / (1.0f + exp2(power > 127.0f ? broadcast(127.0f) : power));
+  return power > 127.0f ? Vec{} : result;
+}
+
 template <class T>
 LORAPLEX_INLINE void gate(T* out, const T* gate_row, const T* up_row, int64_t size) {
-  constexpr float kLog2e = 1.44269504f;
-  for_each_vector(size, [&](int64_t i, auto load, auto store) {
-    const Vec x = load(gate_row + i);
-    const Vec power = x * -kLog2e;
-    const Vec silu = x / (1.0f + exp2(power > 127.0f ? broadcast(127.0f) : power));
-    store(out + i, (power > 127.0f ? Vec{} : silu) * load(up_row + i));
+  for_each_wide(size, [&](int64_t i, auto load, auto store) {
+    const Wide x = load(gate_row + i);
+    store(out + i, Wide{silu(x.first), silu(x.second)} * load(up_row + i));
   });
 }
 

@@ -25,7 +25,8 @@ struct Gemm {
 };
 
 template <class Unit, int R, int V>
-void gemm_block(const Gemm& g) {
+void gemm_block(const Gemm& gemm) {
+  const Gemm g = gemm;  // a copy, which the stores below cannot change
   Vec sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -37,7 +38,10 @@ void gemm_block(const Gemm& g) {
   for (int64_t k = 0; k < g.depth; ++k) {
     Vec b[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) b[v] = load(g.b + k * g.ldb + v * kLanes);
+    for (int v = 0; v < V; ++v) {
+      b[v] = load(g.b + k * g.ldb + v * kLanes);
+      keep(b[v]);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec a = broadcast(g.a[r * g.lda + k]);

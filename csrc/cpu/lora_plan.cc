@@ -7,7 +7,7 @@ namespace {
 
 // Rows of an item of prefill, at most: enough to keep a tile in the cache for, few enough to share
 // out.
-constexpr int32_t kItemRows = 64;
+constexpr int32_t kItemRows = 96;
 // Bytes of weights in an item of expand, about: what hides the cost of handing out an item.
 constexpr int64_t kItemBytes = 16 << 10;
 // Below this many bytes or products a second thread costs more than it saves.

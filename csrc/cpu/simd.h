@@ -57,17 +57,59 @@ LORAPLEX_INLINE Vec broadcast(float x) { return broadcast(x, Lanes{}); }
 LORAPLEX_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecInMemory*>(p); }
 LORAPLEX_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecInMemory*>(p) = x; }
 
+// Keeps a loaded vector in its register: GCC would load it anew for each use as another type.
+LORAPLEX_INLINE void keep(Vec& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  static_cast<void>(x);
+#endif
+}
+
 LORAPLEX_INLINE Vec load(const BFloat16* p) {
   const HalfVec half = *reinterpret_cast<const HalfVecInMemory*>(p);
   return (Vec)(__builtin_convertvector(half, UintVec) << 16);
 }
 
-LORAPLEX_INLINE void store(BFloat16* p, Vec x) {
+// Rounds to bfloat16, to nearest and ties to even, in the upper half of each lane; what is in the
+// lower half has no meaning.
+LORAPLEX_INLINE UintVec round_to_bfloat16(Vec x) {
   const UintVec bits = (UintVec)x;
-  const UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const UintVec quiet_nan = (bits >> 16) | 0x40;
-  const UintVec result = (x == x) ? rounded : quiet_nan;
-  *reinterpret_cast<HalfVecInMemory*>(p) = __builtin_convertvector(result, HalfVec);
+  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+}
+
+LORAPLEX_INLINE void store(BFloat16* p, Vec x) {
+  *reinterpret_cast<HalfVecInMemory*>(p) =
+      __builtin_convertvector(round_to_bfloat16(x) >> 16, HalfVec);
+}
+
+// Two vectors' worth of consecutive elements, in the order that is cheapest to come by: bfloat16
+// are taken apart into those at even and at odd places. For what does not mind the order.
+struct Wide {
+  Vec first, second;
+};
+
+LORAPLEX_INLINE Wide operator+(Wide x, Wide y) { return {x.first + y.first, x.second + y.second}; }
+LORAPLEX_INLINE Wide operator*(Wide x, Wide y) { return {x.first * y.first, x.second * y.second}; }
+LORAPLEX_INLINE Wide operator*(Wide x, float y) { return {x.first * y, x.second * y}; }
+
+LORAPLEX_INLINE Wide load_wide(const float* p) { return {load(p), load(p + kLanes)}; }
+LORAPLEX_INLINE void store_wide(float* p, Wide x) {
+  store(p, x.first);
+  store(p + kLanes, x.second);
+}
+
+LORAPLEX_INLINE Wide load_wide(const BFloat16* p) {
+  const UintVec bits = (UintVec)load(reinterpret_cast<const float*>(p));
+  return {(Vec)(bits << 16), (Vec)(bits & 0xffff0000)};
+}
+
+LORAPLEX_INLINE void store_wide(BFloat16* p, Wide x) {
+  const UintVec bits =
+      round_to_bfloat16(x.first) >> 16 | (round_to_bfloat16(x.second) & 0xffff0000);
+  store(reinterpret_cast<float*>(p), (Vec)bits);
 }
 
 // The first n < kLanes elements; the other lanes are 0.
@@ -96,6 +138,29 @@ LORAPLEX_INLINE void for_each_vector(int64_t n, F f) {
     f(
         i, [=](auto* p) { return load_partial(p, n - i); },
         [=](auto* p, Vec x) { store_partial(p, x, n - i); });
+  }
+}
+
+// Calls f(i, load, store) for two vectors' worth of [0, n) at a time, then once for the rest.
+template <class F>
+LORAPLEX_INLINE void for_each_wide(int64_t n, F f) {
+  constexpr int kWide = 2 * kLanes;
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    f(i, [](auto* p) { return load_wide(p); }, [](auto* p, Wide x) { store_wide(p, x); });
+  }
+  if (i < n) {
+    const auto load_rest = [=]<class T>(const T* p) {
+      T buffer[kWide] = {};
+      for (int64_t k = 0; k < n - i; ++k) buffer[k] = p[k];
+      return load_wide(buffer);
+    };
+    const auto store_rest = [=]<class T>(T* p, Wide x) {
+      T buffer[kWide];
+      store_wide(buffer, x);
+      for (int64_t k = 0; k < n - i; ++k) p[k] = buffer[k];
+    };
+    f(i, load_rest, store_rest);
   }
 }
 
@@ -130,6 +195,20 @@ LORAPLEX_INLINE float reduce_add(Vec x) {
   return fold_lanes(x, [](Vec a, Vec b) { return a + b; })[0];
 }
 LORAPLEX_INLINE float reduce_max(Vec x) { return fold_lanes(x, maximum)[0]; }
+
+typedef uint16_t Halves __attribute__((vector_size(4 * kLanes)));
+
+template <int... H>
+LORAPLEX_INLINE void zip_halves(Vec& a, Vec& b, std::integer_sequence<int, H...>) {
+  const Halves x = (Halves)a, y = (Halves)b;
+  a = (Vec)__builtin_shufflevector(x, y, (H / 2 + (H & 1) * 2 * kLanes)...);
+  b = (Vec)__builtin_shufflevector(x, y, (H / 2 + kLanes + (H & 1) * 2 * kLanes)...);
+}
+
+// Takes two vectors of 16-bit elements to the pairs (a[i], b[i]), in the order of i.
+LORAPLEX_INLINE void zip_halves(Vec& a, Vec& b) {
+  zip_halves(a, b, std::make_integer_sequence<int, 2 * kLanes>{});
+}
 
 // Transposes the kLanes x kLanes matrix whose rows are `rows`.
 template <int S = 1>

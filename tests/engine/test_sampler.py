@@ -17,6 +17,8 @@ from loraplex.engine.request import EngineRequest
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.sampling_state import SamplingState, generator_state, uniform
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EOS = 2
 
 
@@ -201,6 +203,15 @@ def test_number_of_candidates_does_not_matter(monkeypatch):
         assert requests.sample(logits).token_ids.tolist() == expected
 
 
+def test_choices_next_to_the_last_candidate(monkeypatch):
+    requests = Requests([SamplingParams(top_p=0.7)] * 4000)
+    logits = make_logits(4000, 8, 9, spread=1.0)
+    expected = requests.sample(logits).token_ids.tolist()
+    assert expected == requests.by_definition(logits)
+    monkeypatch.setattr(sampler, "NUM_CANDIDATES", 2)
+    assert requests.sample(logits).token_ids.tolist() == expected
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -293,7 +304,7 @@ def test_repetition_penalty_is_that_of_transformers(penalty):
     )
     params = SamplingParams(repetition_penalty=penalty, temperature=0)
     batch = Requests([params] * 8, prompts, outputs).batch()
-    adjusted = sampler._adjust(logits, batch.adjustments, slice(0, 8))
+    adjusted = sampler._adjust(logits, batch.adjustments, np.arange(8))
     assert torch.equal(adjusted, expected)
 
 

@@ -27,6 +27,8 @@ class ServerProcess:
         self.process = process
         self.socket_root = socket_root
         self._log_file = log_file
+        # One client for all: making one takes longer than most requests.
+        self._http = httpx.Client()
         self.url = self._wait_for_address()
 
     @property
@@ -38,7 +40,7 @@ class ServerProcess:
 
     def metric(self, name: str) -> float:
         """The value of a metric, written with its labels; 0.0 if it is not there."""
-        text = httpx.get(f"{self.url}/metrics").text
+        text = self._http.get(f"{self.url}/metrics").text
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
@@ -53,8 +55,7 @@ class ServerProcess:
         descendants = self.descendants()
         self.process.send_signal(number)
         status = self.process.wait(timeout)
-        _, alive = psutil.wait_procs(descendants, timeout=2)
-        assert alive == [], "no process is left"
+        wait_until_gone(descendants)
         assert list(self.socket_root.iterdir()) == [], "no socket is left"
         return status
 
@@ -63,18 +64,32 @@ class ServerProcess:
         while time.monotonic() < deadline:
             if (found := ADDRESS.search(self.log)) is not None:
                 url = found[1]
-                while not _answers(url):
+                while not self._answers(url):
                     time.sleep(0.01)
                 return url
             assert self.process.poll() is None, self.log
             time.sleep(0.02)
         raise AssertionError(self.log)
 
+    def _answers(self, url: str) -> bool:
+        try:
+            return self._http.get(f"{url}/health").status_code == 200
+        except httpx.TransportError:
+            return False
 
-def _answers(url: str) -> bool:
+
+def wait_until_gone(processes: list[psutil.Process], timeout: float = 5.0) -> None:
+    """Wait until the processes have ended. A container's init may take its time to reap them."""
+    deadline = time.monotonic() + timeout
+    while alive := [process for process in processes if _is_alive(process)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.01)
+
+
+def _is_alive(process: psutil.Process) -> bool:
     try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 

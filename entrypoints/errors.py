@@ -1,0 +1,89 @@
+"""What went wrong, as HTTP says it: a status and a body in OpenAI's shape."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from loraplex.engine.core_client import EngineDeadError
+from loraplex.engine.request import RequestError
+
+logger = logging.getLogger(__name__)
+
+# The house's messages for a bad value begin with the field: "top_p=2 is not allowed: ...".
+FIELD = re.compile(r"([a-z_]+)(?:\[[^\]]*\])?=")
+
+
+@dataclass
+class ApiError(Exception):
+    """A refusal by the server itself."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        error = {
+            "message": self.message,
+            "type": "server_error" if self.status >= 500 else "invalid_request_error",
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """The error as the client gets to see it; one that nobody foresaw is logged."""
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            return _from_validation(error)
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail))
+        case EngineDeadError():
+            return ApiError(503, str(error), code="engine_dead")
+        case RequestError():
+            return _from_value_error(error, error.status)
+        case ValueError():
+            return _from_value_error(error, 400)
+    logger.error("A request failed.", exc_info=error)
+    return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
+def _from_value_error(error: ValueError, status: int) -> ApiError:
+    message = str(error)
+    match = FIELD.match(message)
+    field = match[1] if match else None
+    if "max_model_len" in message:
+        return ApiError(status, message, field or "prompt", "context_length_exceeded")
+    return ApiError(status, message, field)
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    """The first of the body's faults."""
+    fault = error.errors()[0]
+    context = fault.get("ctx", {})
+    location = list(fault["loc"])[1:]
+    if "field" in context:
+        location.append(context["field"])
+    param = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in location).lstrip(".")
+    match fault["type"]:
+        case "json_invalid":
+            return ApiError(400, f"the body is no JSON: {context.get('error', fault['msg'])}")
+        case "extra_forbidden":
+            return ApiError(
+                400, f"{param!r} is not a field that this server knows", param, "unknown_field"
+            )
+        case "missing":
+            return ApiError(400, f"the field {param or 'body'!r} is missing", param or None)
+    message = str(context["error"]) if "error" in context else fault["msg"]
+    return ApiError(400, f"{param}: {message}" if param else message, param or None)

@@ -1,0 +1,134 @@
+"""What Prometheus scrapes: the requests as the server saw them, and the core's own counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from loraplex.engine.outputs import RequestOutput
+
+SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0,
+    100.0, 250.0,
+)  # fmt: skip
+PAGE_STATES = ("free", "kv", "kv_cached", "adapter", "adapter_idle")
+GAUGES = {
+    "num_running": ("num_requests_running", "Requests that run."),
+    "num_waiting": ("num_requests_waiting", "Requests that wait for memory or their adapter."),
+    "num_adapters_resident": ("num_adapters_resident", "Adapters in the page pool."),
+    "page_bytes": ("page_bytes", "Bytes of a page."),
+}
+COUNTERS = {
+    "steps": ("engine_steps", "Steps of the engine."),
+    "preemptions": ("num_preemptions", "Requests that gave their memory back and began again."),
+    "adapter_loads": ("adapter_loads", "Adapters copied into the page pool."),
+    "adapter_evictions": ("adapter_evictions", "Adapters whose pages were reclaimed."),
+    "prefix_hit_tokens": ("prefix_cache_hit_tokens", "Prompt tokens found in the KV cache."),
+}
+
+
+class CoreCollector(Collector):
+    """The numbers of the core's stats; set `stats` before a scrape. None while it can't tell."""
+
+    def __init__(self) -> None:
+        self.stats: dict[str, Any] | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.stats
+        if stats is None:
+            return
+        pages = GaugeMetricFamily("loraplex_pages", "Pages of the pool by state.", labels=["state"])
+        for state in PAGE_STATES:
+            pages.add_metric([state], stats[f"pages_{state}"])
+        yield pages
+        for key, (name, text) in GAUGES.items():
+            if key in stats:
+                yield GaugeMetricFamily(f"loraplex_{name}", text, value=stats[key])
+        for key, (name, text) in COUNTERS.items():
+            if key in stats:
+                yield CounterMetricFamily(f"loraplex_{name}", text, value=stats[key])
+
+
+class ServerMetrics:
+    """Counts of one server. A registry of its own, so that two servers may share a process."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._core = CoreCollector()
+        registry.register(self._core)
+        self._requests = Counter(
+            "loraplex_requests", "Requests by adapter; none is the base model.", ["adapter"],
+            registry=registry,
+        )  # fmt: skip
+        self._successes = Counter(
+            "loraplex_request_success", "Completions by finish reason.", ["finished_reason"],
+            registry=registry,
+        )  # fmt: skip
+        self._failures = Counter(
+            "loraplex_request_failure", "Requests that ended with an error.", ["status"],
+            registry=registry,
+        )  # fmt: skip
+        self._prompt_tokens = Counter(
+            "loraplex_prompt_tokens", "Prompt tokens of ended requests.", registry=registry
+        )
+        self._generation_tokens = Counter(
+            "loraplex_generation_tokens", "Tokens generated for ended requests.", registry=registry
+        )
+        self._first_token = Histogram(
+            "loraplex_time_to_first_token_seconds", "From arrival to the first token.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self._per_token = Histogram(
+            "loraplex_time_per_output_token_seconds", "Between tokens, mean of a request.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self._queue = Histogram(
+            "loraplex_request_queue_time_seconds", "From arrival to the first step.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self._end_to_end = Histogram(
+            "loraplex_e2e_request_latency_seconds", "From arrival to the last token.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+
+    def request_started(self, adapter: str) -> None:
+        """A request for this adapter; "" is the base model."""
+        self._requests.labels(adapter).inc()
+
+    def request_ended(self, output: RequestOutput | None) -> None:
+        """A request ended, finished or because its client left; its last output, if any."""
+        if output is None:
+            self._successes.labels("abort").inc()
+            return
+        num_tokens = 0
+        for completion in output.outputs:
+            self._successes.labels(completion.finish_reason or "abort").inc()
+            num_tokens += len(completion.token_ids)
+        self._prompt_tokens.inc(len(output.prompt_token_ids))
+        self._generation_tokens.inc(num_tokens)
+        if output.finished:
+            self._observe_times(output, num_tokens / len(output.outputs))
+
+    def request_failed(self, status: int) -> None:
+        """A request ended with an error of this HTTP status."""
+        self._failures.labels(str(status)).inc()
+
+    def render(self, core_stats: dict[str, Any] | None) -> bytes:
+        """The text that Prometheus reads."""
+        self._core.stats = core_stats
+        return generate_latest(self._registry)
+
+    def _observe_times(self, output: RequestOutput, num_tokens: float) -> None:
+        times = output.metrics
+        self._end_to_end.observe(times.finished_time - times.arrival_time)
+        if times.first_scheduled_time:
+            self._queue.observe(times.first_scheduled_time - times.arrival_time)
+        if times.first_token_time:
+            self._first_token.observe(times.first_token_time - times.arrival_time)
+            if num_tokens > 1:
+                elapsed = times.finished_time - times.first_token_time
+                self._per_token.observe(elapsed / (num_tokens - 1))

@@ -1,0 +1,98 @@
+"""Which names a client may put into `model`: the base model's and the adapters'."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loraplex.engine.request import LoRARequest
+from loraplex.entrypoints.errors import ApiError
+
+
+class ModelRegistry:
+    """The served names. Adapters are only names and paths here; the engine loads them when used.
+
+    Raises ValueError for an adapter name that is taken.
+    """
+
+    def __init__(
+        self,
+        base_names: Sequence[str],
+        base_root: str,
+        max_model_len: int,
+        adapters: Sequence[LoRARequest] = (),
+    ) -> None:
+        self.base_name = base_names[0]
+        self._base_names = list(base_names)
+        self._base_root = base_root
+        self._max_model_len = max_model_len
+        self._created = int(time.time())
+        self._adapters: dict[str, LoRARequest] = {}
+        for adapter in adapters:
+            self.add(adapter)
+
+    def resolve(self, name: str) -> LoRARequest | None:
+        """The adapter of this name, None for the base model. Raises ApiError 404."""
+        if name in self._adapters:
+            return self._adapters[name]
+        if name in self._base_names:
+            return None
+        raise ApiError(
+            404, f"the model {name!r} does not exist", param="model", code="model_not_found"
+        )
+
+    def add(self, adapter: LoRARequest) -> None:
+        """Serve an adapter from now on."""
+        name = adapter.lora_name
+        if name in self._base_names:
+            raise ValueError(f"lora_name={name!r} is not allowed: it names the base model")
+        if name in self._adapters:
+            raise ValueError(f"lora_name={name!r} is not allowed: it has already been loaded")
+        self._adapters[name] = adapter
+
+    def remove(self, name: str) -> None:
+        """Serve the adapter no more; requests that run go on. Raises ApiError 404."""
+        if self._adapters.pop(name, None) is None:
+            raise ApiError(404, f"the adapter {name!r} does not exist", param="lora_name")
+
+    def cards(self) -> list[dict[str, Any]]:
+        """What /v1/models lists, the base model first."""
+        base = [self._card(name, self._base_root, None) for name in self._base_names]
+        for card in base:
+            card["max_model_len"] = self._max_model_len
+        return base + [
+            self._card(adapter.lora_name, adapter.lora_path, self.base_name)
+            for adapter in self._adapters.values()
+        ]
+
+    def card(self, name: str) -> dict[str, Any]:
+        """One of the cards. Raises ApiError 404."""
+        self.resolve(name)
+        return next(card for card in self.cards() if card["id"] == name)
+
+    def _card(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "loraplex",
+            "root": root,
+            "parent": parent,
+        }
+
+
+def holds_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file()
+
+
+def adapter_from_path(name: str, path: str) -> LoRARequest:
+    """An adapter to register. Raises ValueError if there is none at the path."""
+    directory = Path(path).expanduser().absolute()
+    if not holds_adapter(directory):
+        raise ValueError(
+            f"lora_path={path!r} of adapter {name!r} is not allowed: it must be a directory with "
+            "an adapter_config.json"
+        )
+    return LoRARequest(name, str(directory))

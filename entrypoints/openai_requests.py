@@ -1,0 +1,297 @@
+"""The bodies that OpenAI's routes take, with vLLM's additions, and what they ask of the engine.
+
+A field that is not honoured is refused by name, unless its value asks for what happens anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from loraplex.engine.request import describe
+from loraplex.engine.sampling_params import SamplingParams
+
+# Fields about bookkeeping on OpenAI's side. They change no token, so any value may come.
+IGNORED_FIELDS = frozenset(
+    {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+)
+# Fields that are not supported, with the values that ask for nothing.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "length_penalty": (1.0,),
+    "priority": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+NEUTRAL_COMPLETION_VALUES = {**NEUTRAL_VALUES, "suffix": ("",)}
+NEUTRAL_CHAT_VALUES = {
+    **NEUTRAL_VALUES,
+    "add_special_tokens": (False,),
+    "audio": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+NEUTRAL_MESSAGE_VALUES: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "reasoning": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+
+
+class StrictModel(BaseModel):
+    """A JSON object without unknown fields, whose values have the very types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ignored_fields: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_what_asks_for_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, values in cls.neutral_values.items():
+            value = data.get(name)
+            if value is not None and value not in values:
+                raise PydanticCustomError(
+                    "unsupported",
+                    "{field}={value} is not supported",
+                    {"field": name, "value": describe(value)},
+                )
+        dropped = cls.ignored_fields | cls.neutral_values.keys()
+        return {name: value for name, value in data.items() if name not in dropped}
+
+
+class StreamOptions(StrictModel):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Padding against listeners who know lengths; false is what happens."""
+
+    @model_validator(mode="after")
+    def refuse_obfuscation(self) -> StreamOptions:
+        if self.include_obfuscation:
+            raise ValueError("include_obfuscation=True is not supported")
+        return self
+
+
+def one_or_several(value: Any) -> Any:
+    """A string, where a list of them is wanted, is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def token_id_keys(value: Any) -> Any:
+    """JSON's keys are strings, token ids are integers."""
+    if not isinstance(value, dict):
+        return value
+    for key in value:
+        if not (isinstance(key, str) and key.isdecimal()):
+            raise ValueError(f"the key {key!r} must be a token id")
+    return {int(key): bias for key, bias in value.items()}
+
+
+class GenerationRequest(StrictModel):
+    """What completions and chats have in common. None stands for the default."""
+
+    ignored_fields = IGNORED_FIELDS
+
+    model: str
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(one_or_several)] = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(token_id_keys)] = None
+    prompt_logprobs: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    SAMPLING_FIELDS: ClassVar[tuple[str, ...]] = (
+        "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+        "repetition_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output",
+        "min_tokens", "ignore_eos", "skip_special_tokens", "logit_bias", "prompt_logprobs",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def check_stream(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed with stream=True")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is not allowed with stream=True")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def _sampling_params(self, **options: Any) -> SamplingParams:
+        named = {name: getattr(self, name) for name in self.SAMPLING_FIELDS}
+        return SamplingParams(**{k: v for k, v in named.items() if v is not None}, **options)
+
+
+def parse_prompts(value: Any) -> list[str | list[int]]:
+    """The prompts of a completion: a text, token ids, or a list of one of these."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(isinstance(p, list) and p and all(type(t) is int for t in p) for p in value):
+            return value
+    raise ValueError(
+        f"prompt={describe(value)} is not allowed: it must be a string, token ids, or a "
+        "non-empty list of strings or of token ids"
+    )
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    neutral_values = NEUTRAL_COMPLETION_VALUES
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(parse_prompts)]
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    max_tokens: int | None = None
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def check_best_of(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise PydanticCustomError(
+                "unsupported",
+                "best_of={value} is not supported: it must equal n",
+                {"field": "best_of", "value": self.best_of},
+            )
+        return self
+
+    @property
+    def scores_prompt_only(self) -> bool:
+        """max_tokens=0 with echo: nothing is generated, the prompt's log-probabilities are wanted.
+
+        The engine always generates a token, which is then left out.
+        """
+        return self.max_tokens == 0 and bool(self.echo)
+
+    def sampling_params(self) -> SamplingParams:
+        """Raises ValueError for a value that is not allowed."""
+        options: dict[str, Any] = {"logprobs": self.logprobs}
+        if self.max_tokens is not None:
+            options["max_tokens"] = 1 if self.scores_prompt_only else self.max_tokens
+        if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
+            options["prompt_logprobs"] = self.logprobs
+        return self._sampling_params(**options)
+
+
+def join_text_parts(value: Any) -> Any:
+    """The text of a message whose content comes in parts."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not (isinstance(part, dict) and part.keys() == {"type", "text"}):
+            raise ValueError(f"the part {describe(part)} is not supported: it must be a text part")
+        if part["type"] != "text" or not isinstance(part["text"], str):
+            raise ValueError(f"the part {describe(part)} is not supported: it must be a text part")
+    return "\n".join(part["text"] for part in value)
+
+
+class ChatMessage(StrictModel):
+    neutral_values = NEUTRAL_MESSAGE_VALUES
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(join_text_parts)]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know messages: they have not heard of developers."""
+        role = "system" if self.role == "developer" else self.role
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": self.content, **name}
+
+
+# What the tokenizer's own chat method takes, which is not the template's.
+RESERVED_TEMPLATE_NAMES = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }  # fmt: skip
+)
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    neutral_values = NEUTRAL_CHAT_VALUES
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def check_chat(self) -> ChatCompletionRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed with logprobs=True")
+        if reserved := RESERVED_TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
+            raise ValueError(f"chat_template_kwargs must not have {', '.join(sorted(reserved))}")
+        return self
+
+    def sampling_params(self) -> SamplingParams:
+        """Raises ValueError for a value that is not allowed."""
+        max_tokens = self.max_completion_tokens
+        return self._sampling_params(
+            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )

@@ -1,0 +1,118 @@
+"""The routes for whoever runs the server: models, adapters, health, metrics, version."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+import loraplex
+from loraplex.engine.async_engine import AsyncEngine
+from loraplex.engine.core_client import EngineDeadError
+from loraplex.entrypoints.errors import ApiError
+from loraplex.entrypoints.model_registry import adapter_from_path, holds_adapter
+from loraplex.entrypoints.openai_requests import StrictModel
+from loraplex.entrypoints.serving import Serving
+from loraplex.entrypoints.streaming import json_response
+
+router = APIRouter()
+
+# How long, in seconds, a scrape waits for a core that is busy with a long step.
+STATS_WAIT = 5.0
+
+
+class LoadAdapterRequest(StrictModel):
+    """Body of POST /v1/load_lora_adapter."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterRequest(StrictModel):
+    """Body of POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    """The base model and the adapters."""
+    serving: Serving = request.app.state.serving
+    return json_response({"object": "list", "data": serving.models.cards()})
+
+
+@router.get("/v1/models/{name:path}")
+async def show_model(name: str, request: Request) -> Response:
+    """One of the models."""
+    serving: Serving = request.app.state.serving
+    return json_response(serving.models.card(name))
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_adapter(body: LoadAdapterRequest, request: Request) -> Response:
+    """Serve an adapter from now on. It is read when it is first used."""
+    serving: Serving = request.app.state.serving
+    directory = _runtime_directory(request)
+    path = Path(body.lora_path).expanduser().resolve()
+    if not path.is_relative_to(directory):
+        raise ApiError(
+            403,
+            f"lora_path={body.lora_path!r} is not allowed: this server loads adapters from below "
+            f"{directory} only",
+            param="lora_path",
+        )
+    if not holds_adapter(path):
+        raise ApiError(
+            404, f"lora_path={body.lora_path!r} holds no adapter_config.json", param="lora_path"
+        )
+    adapter = adapter_from_path(body.lora_name, str(path))
+    serving.models.add(adapter)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_adapter(body: UnloadAdapterRequest, request: Request) -> Response:
+    """Serve an adapter no more. Requests that run go on; its memory is reclaimed when needed."""
+    serving: Serving = request.app.state.serving
+    _runtime_directory(request)
+    serving.models.remove(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+@router.get("/health")
+async def check_health(request: Request) -> Response:
+    """200 while the engine can serve, 503 when it can't."""
+    serving: Serving = request.app.state.serving
+    await serving.engine.check_health()
+    return Response()
+
+
+@router.get("/metrics")
+async def show_metrics(request: Request) -> Response:
+    """For Prometheus. Without the core's numbers while it can't give them."""
+    serving: Serving = request.app.state.serving
+    text = serving.metrics.render(await _core_stats(serving.engine))
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version")
+async def show_version() -> Response:
+    return json_response({"version": loraplex.__version__})
+
+
+async def _core_stats(engine: AsyncEngine) -> dict | None:
+    try:
+        return await asyncio.wait_for(engine.stats(), STATS_WAIT)
+    except (EngineDeadError, TimeoutError):
+        return None
+
+
+def _runtime_directory(request: Request) -> Path:
+    """Where adapters may be loaded from while the server runs. Raises ApiError 403 if nowhere."""
+    directory: Path | None = request.app.state.runtime_lora_directory
+    if directory is None:
+        raise ApiError(403, "adapters can't be changed: start the server with --allow-runtime-lora")
+    return directory

@@ -1,0 +1,135 @@
+"""A server's life: listen, load, serve, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from loraplex.engine.async_engine import AsyncEngine
+from loraplex.entrypoints.app import build_app
+from loraplex.entrypoints.metrics import ServerMetrics
+from loraplex.entrypoints.model_registry import ModelRegistry, adapter_from_path
+from loraplex.entrypoints.server_config import ServerConfig
+from loraplex.entrypoints.serving import Serving
+from loraplex.entrypoints.streaming import unless
+
+logger = logging.getLogger(__name__)
+
+# Idle connections outlive the pauses of a client that reuses them.
+KEEP_ALIVE = 75
+# What answers that were just cut short may take to reach their clients, in seconds.
+LAST_ANSWERS_WAIT = 5.0
+
+
+def run_server(engine: AsyncEngine, config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises ValueError for settings that are not allowed, EngineDeadError if the engine can't start.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(engine, config))
+
+
+async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
+    # What can be wrong here is told before a model is loaded for minutes.
+    adapters = [adapter_from_path(name, path) for name, path in config.adapter_paths()]
+    with contextlib.closing(_bind(config.host, config.port)) as listener, _signals() as signals:
+        try:
+            await unless(signals.first.wait(), engine.start())
+            if signals.first.is_set():
+                return
+            names = config.served_model_name or [engine.model_info.model_name]
+            models = ModelRegistry(
+                names, engine.config.model, engine.model_info.max_model_len, adapters
+            )
+            app = build_app(
+                Serving(engine, models, ServerMetrics()),
+                config.effective_api_key(),
+                config.runtime_lora_directory,
+            )
+            await _serve_http(app, listener, engine, signals, config.shutdown_grace)
+        finally:
+            await engine.shutdown()
+
+
+async def _serve_http(
+    app: FastAPI, listener: socket.socket, engine: AsyncEngine, signals: Signals, grace: float
+) -> None:
+    """Answer until the first signal, then finish what runs, for `grace` seconds or until the
+    second signal."""
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            lifespan="off",
+            ws="none",
+            http="httptools",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+        )
+    )
+    host, port = listener.getsockname()[:2]
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    logger.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    await unless(signals.first.wait(), asyncio.shield(serving))
+    server.should_exit = True
+    second = asyncio.ensure_future(signals.second.wait())
+    await asyncio.wait({serving, second}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+    second.cancel()
+    # Requests that still run fail now, and their clients get to see it.
+    await engine.shutdown()
+    await asyncio.wait({serving}, timeout=LAST_ANSWERS_WAIT)
+    server.force_exit = True
+    await serving
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which leaves the signals to us: it would end the process with them."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Signals:
+    """Which of SIGINT and SIGTERM came: the first asks for an end, the second to hurry."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    def take(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Signals]:
+    loop = asyncio.get_running_loop()
+    signals = Signals()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, signals.take)
+    try:
+        yield signals
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that does not listen yet: until the model is loaded, connections are refused."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"host={host!r} with port={port} is not allowed: {error}") from error
+    return listener

@@ -1,0 +1,96 @@
+"""What every route that generates text needs: the engine, the served names, and the counting.
+
+Knows no wire format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from loraplex.engine.async_engine import AsyncEngine, call_for_text
+from loraplex.engine.outputs import Logprob, RequestOutput
+from loraplex.engine.request import LoRARequest
+from loraplex.engine.sampling_params import SamplingParams
+from loraplex.engine.tokenizer import Tokenizer
+from loraplex.entrypoints.errors import ApiError, to_api_error
+from loraplex.entrypoints.metrics import ServerMetrics
+from loraplex.entrypoints.model_registry import ModelRegistry
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One server's parts; app.state.serving is where the routes find it."""
+
+    engine: AsyncEngine
+    models: ModelRegistry
+    metrics: ServerMetrics
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ApiError 400 where the server runs without."""
+        if self.engine.tokenizer is None:
+            raise ApiError(
+                400, "this server has no tokenizer (skip_tokenizer_init): give token ids"
+            )
+        return self.engine.tokenizer
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The text's token ids. Raises ApiError 400 where the server runs without a tokenizer."""
+        encode = partial(self.tokenizer.encode, text, add_special_tokens)
+        return await call_for_text(encode, len(text))
+
+    async def encode_chat(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, options: dict[str, Any]
+    ) -> list[int]:
+        """A conversation's token ids. Raises ValueError for what the template refuses."""
+        encode = partial(
+            self.tokenizer.apply_chat_template, messages, add_generation_prompt, **options
+        )
+        return await call_for_text(encode, sum(len(message["content"]) for message in messages))
+
+    def check_max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
+        """Raises ValueError if the model's length leaves less than a client asked for."""
+        max_model_len = self.engine.model_info.max_model_len
+        left = max_model_len - num_prompt_tokens
+        if max_tokens is not None and max_tokens > left > 0:
+            raise ValueError(
+                f"max_tokens={max_tokens} is not allowed: max_model_len={max_model_len} leaves "
+                f"{left} for a prompt of {num_prompt_tokens} tokens"
+            )
+
+    def token_text(self, token_id: int, logprob: Logprob | None) -> str:
+        """How answers name a token; without a tokenizer, by its id."""
+        if logprob is not None and logprob.decoded_token is not None:
+            return logprob.decoded_token
+        if self.engine.tokenizer is None:
+            return f"token_id:{token_id}"
+        return self.engine.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling_params: SamplingParams,
+        lora_request: LoRARequest | None,
+        stream: bool,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As AsyncEngine.generate, counted."""
+        self.metrics.request_started("" if lora_request is None else lora_request.lora_name)
+        output: RequestOutput | None = None
+        outputs = self.engine.generate(
+            prompt_token_ids, sampling_params, lora_request=lora_request, stream=stream
+        )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+        except Exception as error:
+            self.metrics.request_failed(to_api_error(error).status)
+            raise
+        except BaseException:
+            self.metrics.request_ended(output)
+            raise
+        self.metrics.request_ended(output)

@@ -1,0 +1,95 @@
+"""The tokenizer of a model directory: chat template, end-of-sequence ids, decoding."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from loraplex.engine.tokenizer import load_tokenizer, read_eos_token_ids
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"
+    "{% endif %}<s>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+    "{% if suffix %}{{ suffix }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Two directories, with a chat template and without, of a byte-level tokenizer."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=True,
+    )
+    found = []
+    for name, template in (("chat", TEMPLATE), ("plain", None)):
+        found.append(tmp_path_factory.mktemp(name))
+        wrapped.chat_template = template
+        wrapped.save_pretrained(found[-1])
+        (found[-1] / "config.json").write_text(json.dumps({"eos_token_id": 300}))
+        (found[-1] / "generation_config.json").write_text(json.dumps({"eos_token_id": [301, 9]}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer(paths):
+    return load_tokenizer(paths[0])
+
+
+def test_text_comes_back_as_it_was(tokenizer):
+    text = "Oh , it 's 你好 😀!"
+    token_ids = tokenizer.encode(text)
+    assert all(type(token_id) is int for token_id in token_ids)
+    assert tokenizer.decode(token_ids) == text, "spaces before marks are not cleaned up"
+    assert tokenizer.decode(token_ids[:-3]).startswith("Oh , it")
+    assert tokenizer.vocab_size == 258
+
+
+def test_special_tokens_are_text_only_if_wanted(tokenizer):
+    token_ids = [256, *tokenizer.encode("a"), 257]
+    assert tokenizer.decode(token_ids) == "a"
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == "<s>a</s>"
+
+
+def test_end_of_sequence_ids_are_those_of_all_files(tokenizer, paths, tmp_path):
+    assert read_eos_token_ids(paths[0]) == [9, 300, 301]
+    assert tokenizer.eos_token_ids == [9, 257, 300, 301]
+    assert read_eos_token_ids(tmp_path) == []
+
+
+def test_chat_template(tokenizer):
+    messages = [{"role": "user", "content": "hi"}]
+    token_ids = tokenizer.apply_chat_template(messages)
+    assert type(token_ids) is list
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == "<s>hi</s><s>"
+    token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False, suffix="!")
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == "<s>hi</s>!"
+
+
+def test_a_template_that_refuses_says_why(tokenizer):
+    with pytest.raises(ValueError, match="refuses the messages: no tools here"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+def test_without_a_chat_template(paths):
+    tokenizer = load_tokenizer(paths[1])
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match=f"{paths[1]}.* has no chat template"):
+        tokenizer.apply_chat_template(messages)
+    token_ids = tokenizer.apply_chat_template(messages, chat_template="{{ messages[0].content }}?")
+    assert tokenizer.decode(token_ids) == "hi?"
+
+
+def test_no_tokenizer_there(tmp_path):
+    with pytest.raises(ValueError, match=f"no tokenizer can be read from '{tmp_path}'"):
+        load_tokenizer(tmp_path)

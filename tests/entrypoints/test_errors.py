@@ -1,0 +1,157 @@
+"""What the server refuses: with which status, about which parameter, in which words."""
+
+from __future__ import annotations
+
+import httpx
+import openai
+import pytest
+
+CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "fake", "prompt": "hi"}
+
+
+def post(server, path: str, body) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=body)
+
+
+def error_of(response: httpx.Response) -> dict:
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"temperature": 200}, "temperature", "0 to 100"),
+        ({"temperature": "hot"}, "temperature", "number"),
+        ({"temperature": True}, "temperature", "number"),
+        ({"top_p": 0}, "top_p", "above 0"),
+        ({"n": 0}, "n", "1 to 128"),
+        ({"n": 1.5}, "n", "integer"),
+        ({"seed": "x"}, "seed", "integer"),
+        ({"stop": [""]}, "stop", "non-empty"),
+        ({"stop": [1]}, "stop[0]", "string"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"stream_options": {"include_usage": True}}, None, "stream=True"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not a field"),
+        ({"logit_bias": {"hi": 1}}, "logit_bias", "token id"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "-100 to 100"),
+        ({"min_tokens": 20, "max_tokens": 10}, "min_tokens", "max_tokens=10"),
+        ({"max_tokens": 0}, "max_tokens", "1 or more"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"use_beam_search": True}, "use_beam_search", "not supported"),
+        ({"service_tier": "flex"}, "service_tier", "not supported"),
+        ({"stream": True, "prompt_logprobs": 1}, None, "prompt_logprobs"),
+        ({"temprature": 1}, "temprature", "not a field"),
+    ],
+)
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", TEXT),
+                                            ("/v1/chat/completions", CHAT)])  # fmt: skip
+def test_bad_values_of_both_routes(server, path, body, changes, param, words):
+    response = post(server, path, {**body, **changes})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"prompt": None}, "prompt", "non-empty"),
+        ({"prompt": []}, "prompt", "non-empty"),
+        ({"prompt": ["a", 1]}, "prompt", "non-empty"),
+        ({"prompt": [[1], []]}, "prompt", "non-empty"),
+        ({"prompt": [100_000]}, None, "100000"),
+        ({"best_of": 2}, "best_of", "must equal n"),
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"logprobs": 101}, "logprobs", "0 to 100"),
+        ({"logprobs": True}, "logprobs", "integer"),
+        ({"messages": []}, "messages", "not a field"),
+    ],
+)
+def test_bad_values_of_completions(server, changes, param, words):
+    response = post(server, "/v1/completions", {**TEXT, **changes})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert param in (None, error["param"])
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+         "messages[0].content", "text part"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+         "messages[0].tool_calls", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"tool_choice": "required"}, "tool_choice", "not supported"),
+        ({"functions": [{}]}, "functions", "not supported"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
+        ({"top_logprobs": 2}, None, "logprobs=True"),
+        ({"logprobs": 2}, "logprobs", "boolean"),
+        ({"chat_template_kwargs": {"tokenize": False}}, None, "tokenize"),
+        ({"chat_template_kwargs": {"nonsense": 1}}, None, "nonsense"),
+        ({"prompt": "x"}, "prompt", "not a field"),
+    ],
+)  # fmt: skip
+def test_bad_values_of_chats(server, changes, param, words):
+    response = post(server, "/v1/chat/completions", {**CHAT, **changes})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_bodies_that_are_no_objects(server):
+    url = f"{server.url}/v1/completions"
+    for content in (b"{", b"", b"[]", b"3"):
+        response = httpx.post(url, content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 400, content
+        assert error_of(response)["type"] == "invalid_request_error"
+    assert error_of(post(server, "/v1/completions", {"prompt": "x"}))["param"] == "model"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unknown_model_is_404(client, stream):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="nobody", prompt="x", stream=stream)
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert "nobody" in caught.value.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("options", [{"prompt": "x" * 2000}, {"prompt": "x", "max_tokens": 1024}])
+def test_a_context_that_is_too_long(client, options, stream):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="fake", stream=stream, **options)
+    assert caught.value.code == "context_length_exceeded"
+    assert "1024" in caught.value.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("missing", openai.NotFoundError), ("broken", openai.BadRequestError)],
+)
+def test_what_the_engine_refuses_has_its_own_status_even_for_streams(client, model, kind, stream):
+    with pytest.raises(kind, match=model):
+        client.completions.create(model=model, prompt="x", stream=stream)
+
+
+def test_one_bad_prompt_of_several_fails_the_request(client, server):
+    with pytest.raises(openai.BadRequestError, match="max_model_len"):
+        client.completions.create(model="fake", prompt=["long", "x" * 2000], max_tokens=900)
+    server.wait_for_metric("loraplex_num_requests_running", 0)
+
+
+def test_unknown_routes_and_methods(server):
+    assert error_of(httpx.get(f"{server.url}/v1/nothing"))["message"] == "Not Found"
+    response = httpx.get(f"{server.url}/v1/completions")
+    assert response.status_code == 405
+    assert error_of(response)["type"] == "invalid_request_error"
