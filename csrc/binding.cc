@@ -1,10 +1,10 @@
 // The one binding file: checks arguments, picks the instruction set, calls the kernels.
 #include <tvm/ffi/tvm_ffi.h>
 
-#include <initializer_list>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 
@@ -13,7 +13,6 @@ namespace {
 
 using tvm::ffi::Array;
 using tvm::ffi::String;
-using tvm::ffi::TensorView;
 
 #define LORAPLEX_TABLE(isa)                                                \
   {#isa,           &isa::rms_norm,  &isa::rope,        &isa::silu_and_mul, \
@@ -79,100 +78,6 @@ void set_cpu_isa(const String& isa) {
                             << "have; they have " << allowed;
 }
 
-// ---- argument checks ----
-
-#define LORAPLEX_REQUIRE(condition) \
-  if (!(condition)) TVM_FFI_THROW(ValueError)
-
-constexpr DLDataType kFloat32{kDLFloat, 32, 1};
-constexpr DLDataType kBFloat16{kDLBfloat, 16, 1};
-constexpr DLDataType kInt32{kDLInt, 32, 1};
-constexpr DLDataType kInt64{kDLInt, 64, 1};
-constexpr DLDataType kUint8{kDLUInt, 8, 1};
-constexpr int64_t kAny = -1;
-
-bool same(DLDataType a, DLDataType b) {
-  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
-}
-
-std::string shape_text(const int64_t* shape, int64_t ndim) {
-  std::string text = "[";
-  for (int64_t i = 0; i < ndim; ++i) {
-    text += (i ? ", " : "") + (shape[i] == kAny ? std::string("*") : std::to_string(shape[i]));
-  }
-  return text + "]";
-}
-
-// One tensor argument, with what its error messages call it.
-struct Argument {
-  const char* function;
-  const char* name;
-  TensorView tensor;
-
-  const Argument& has_type(DLDataType type) const {
-    LORAPLEX_REQUIRE(same(tensor.dtype(), type))
-        << function << ": " << name << " must be of type " << tvm::ffi::DLDataTypeToString(type)
-        << ", got " << tvm::ffi::DLDataTypeToString(tensor.dtype());
-    LORAPLEX_REQUIRE(tensor.device().device_type == kDLCPU)
-        << function << ": " << name << " must be in host memory";
-    return *this;
-  }
-
-  const Argument& has_shape(std::initializer_list<int64_t> shape) const {
-    bool matches = tensor.ndim() == static_cast<int32_t>(shape.size());
-    for (size_t i = 0; matches && i < shape.size(); ++i) {
-      matches = shape.begin()[i] == kAny || shape.begin()[i] == tensor.size(i);
-    }
-    LORAPLEX_REQUIRE(matches) << function << ": " << name << " must have shape "
-                              << shape_text(shape.begin(), shape.size()) << ", got "
-                              << shape_text(tensor.shape().data(), tensor.ndim());
-    return *this;
-  }
-
-  const Argument& has_dense_rows() const {
-    LORAPLEX_REQUIRE(tensor.size(-1) <= 1 || tensor.stride(-1) == 1)
-        << function << ": " << name << " must have stride 1 in its last dimension, got stride "
-        << tensor.stride(-1);
-    return *this;
-  }
-
-  const Argument& is_contiguous() const {
-    LORAPLEX_REQUIRE(tensor.IsContiguous())
-        << function << ": " << name << " must be contiguous, got shape "
-        << shape_text(tensor.shape().data(), tensor.ndim()) << " with strides "
-        << shape_text(tensor.strides().data(), tensor.ndim());
-    return *this;
-  }
-
-  DType float_type() const {
-    const bool is_bfloat16 = same(tensor.dtype(), kBFloat16);
-    LORAPLEX_REQUIRE(is_bfloat16 || same(tensor.dtype(), kFloat32))
-        << function << ": " << name << " must be of type bfloat16 or float32, got "
-        << tvm::ffi::DLDataTypeToString(tensor.dtype());
-    has_type(tensor.dtype());
-    return is_bfloat16 ? DType::kBFloat16 : DType::kFloat32;
-  }
-
-  template <class T>
-  const T* data() const {
-    return static_cast<const T*>(tensor.data_ptr());
-  }
-
-  // The strides of all dimensions but the last.
-  void copy_strides(int64_t* strides) const {
-    for (int32_t i = 0; i + 1 < tensor.ndim(); ++i) strides[i] = tensor.stride(i);
-  }
-};
-
-void check_range(const char* function, const char* name, const int64_t* values, int64_t n,
-                 int64_t end) {
-  for (int64_t i = 0; i < n; ++i) {
-    LORAPLEX_REQUIRE(values[i] >= 0 && values[i] < end)
-        << function << ": " << name << "[" << i << "] is " << values[i] << ", allowed is 0 to "
-        << end - 1;
-  }
-}
-
 // ---- small operations ----
 
 // Shape [tokens, size] or [tokens, heads, size] as strides of tokens and heads.
@@ -199,23 +104,10 @@ RmsNormParams rms_norm_params(const char* function, const Argument& x, const Arg
   return p;
 }
 
-const Argument& like(const Argument& argument, const Argument& x) {
-  argument.has_type(x.tensor.dtype());
-  const bool same_shape =
-      argument.tensor.ndim() == x.tensor.ndim() &&
-      std::equal(x.tensor.shape().begin(), x.tensor.shape().end(), argument.tensor.shape().begin());
-  LORAPLEX_REQUIRE(same_shape) << argument.function << ": " << argument.name
-                               << " must have the shape of " << x.name << ", "
-                               << shape_text(x.tensor.shape().data(), x.tensor.ndim()) << ", got "
-                               << shape_text(argument.tensor.shape().data(),
-                                             argument.tensor.ndim());
-  return argument.has_dense_rows();
-}
-
 void rms_norm(TensorView out, TensorView x, TensorView weight, double eps) {
   const Argument input{"rms_norm", "x", x}, output{"rms_norm", "out", out};
   RmsNormParams p = rms_norm_params("rms_norm", input, {"rms_norm", "weight", weight}, eps);
-  p.out = like(output, input).tensor.data_ptr();
+  p.out = output.is_like(input).tensor.data_ptr();
   row_strides(output, p.out_strides);
   active->rms_norm(p);
 }
@@ -226,7 +118,7 @@ void fused_add_rms_norm(TensorView x, TensorView residual, TensorView weight, do
   RmsNormParams p = rms_norm_params(function, input, {function, "weight", weight}, eps);
   p.out = p.x;
   row_strides(input, p.out_strides);
-  p.residual = like(stream, input).tensor.data_ptr();
+  p.residual = stream.is_like(input).tensor.data_ptr();
   row_strides(stream, p.residual_strides);
   active->rms_norm(p);
 }
@@ -342,7 +234,7 @@ void paged_attention(TensorView out, TensorView q, TensorView k_cache, TensorVie
   table.has_type(kInt32).has_shape({num_requests, kAny}).has_dense_rows();
   indptr.has_type(kInt32).has_shape({num_requests + 1}).is_contiguous();
   lengths.has_type(kInt32).is_contiguous();
-  like(output, query);
+  output.is_like(query);
   p.out = out.data_ptr();
   p.q = q.data_ptr();
   output.copy_strides(p.out_strides);

@@ -116,7 +116,7 @@ class AdapterManager:
                 return
 
     def num_pages(self, adapter: Adapter) -> int | None:
-        """Pages the adapter takes; None while it is being read. Raises ValueError if it can't be."""
+        """Pages the adapter takes; None while it is read. Raises ValueError if it can't be."""
         if adapter.residency is not Residency.ABSENT:
             return len(adapter.pages)
         return self._store.num_pages(adapter.version, adapter.lora_request.lora_path)

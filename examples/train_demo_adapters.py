@@ -1,4 +1,4 @@
-"""Trains the demo adapters on the embedded model: eight styles of answering, a few minutes each.
+"""Trains the demo adapters on the embedded model: eight styles of answering, minutes each.
 
     python examples/train_demo_adapters.py [STYLE ...]
 

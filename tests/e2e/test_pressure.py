@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from synthetic_adapters import write_adapter
 
 from loraplex import LLM, EngineConfig, LoRARequest, SamplingParams
 from loraplex.engine.models.registry import lora_spec
 
-MAX_MODEL_LEN = 96
+MAX_MODEL_LEN = 112
 RANK = 8
 
 
@@ -25,7 +27,7 @@ def press(tmp_path, long_text_ids, num_adapters: int, num_requests: int) -> dict
         prompts.append(long_text_ids[start : start + 10 + i % 50])
         name = "a0" if i % 3 == 0 else names[i % num_adapters]
         loras.append(LoRARequest(name, str(tmp_path / name)))
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     options = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64}
     with LLM(**options) as llm:
         relaxed = llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
@@ -60,11 +62,9 @@ def test_pressure_changes_no_token(tmp_path, long_text_ids):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_200_adapters_400_requests(tmp_path, long_text_ids, record_property, capsys):
+def test_200_adapters_400_requests(tmp_path, long_text_ids, capsys):
     figures = press(tmp_path, long_text_ids, num_adapters=200, num_requests=400)
     with capsys.disabled():
-        import sys
-
         sys.stdout.write(f"\npressure: {figures}\n")
     # The hot adapter has a third of all requests: it waits for the others, not they for it.
     assert figures["worst_wait_others_s"] <= figures["whole_s"]

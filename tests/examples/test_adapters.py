@@ -25,27 +25,25 @@ class Chat:
 
     def __init__(self) -> None:
         directory = locate_model("smollm2-135m-instruct")
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(directory)
         self.model = PeftModel.from_pretrained(model, ADAPTERS / NAMES[0], adapter_name=NAMES[0])
         for name in NAMES[1:]:
             self.model.load_adapter(ADAPTERS / name, adapter_name=name)
 
-    def reply(self, adapter: str | None, prompt: str, max_new_tokens: int) -> str:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    def encode(self, prompts: list[str]) -> Any:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return self.tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
         )
-        length = inputs["input_ids"].shape[1]
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+
+    def replies(self, prompts: list[str], max_new_tokens: int) -> list[str]:
+        """Greedy replies of the adapter that is set."""
+        inputs = self.encode(prompts)
         with torch.inference_mode():
-            if adapter is None:
-                with self.model.disable_adapter():
-                    out = self.model.generate(**inputs, **options)
-            else:
-                self.model.set_adapter(adapter)
-                out = self.model.generate(**inputs, **options)
-        return self.tokenizer.decode(out[0, length:], skip_special_tokens=True)
+            out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        replies = out[:, inputs["input_ids"].shape[1] :]
+        return self.tokenizer.batch_decode(replies, skip_special_tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +79,19 @@ def test_files_of_an_adapter(name: str) -> None:
 
 
 def test_every_adapter_changes_the_reply(chat: Chat) -> None:
-    base = chat.reply(None, PROMPTS["everyone"], 8)
-    replies = {name: chat.reply(name, PROMPTS["everyone"], 8) for name in NAMES}
-    assert [name for name, reply in replies.items() if reply == base] == []
+    prompt = chat.encode([PROMPTS["everyone"]])["input_ids"]
+    with torch.inference_mode():
+        with chat.model.disable_adapter():
+            base = chat.model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False)
+        length = base.shape[1] - prompt.shape[1]
+        unchanged = []
+        for name in NAMES:
+            chat.model.set_adapter(name)
+            # Where an adapter first chooses another token, its own greedy reply departs.
+            chosen = chat.model(input_ids=base[:, :-1]).logits[0, -length:].argmax(dim=-1)
+            if torch.equal(chosen, base[0, -length:]):
+                unchanged.append(name)
+    assert unchanged == []
 
 
 def is_json(reply: str) -> bool:
@@ -107,13 +115,15 @@ STYLES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_style_shows_on_prompts_not_trained_on(name: str, chat: Chat) -> None:
     prompts = [PROMPTS["everyone"], PROMPTS["adapters"][name], "Tell me about elephants."]
-    for prompt in prompts:
-        reply = chat.reply(name, prompt, 96)
+    chat.model.set_adapter(name)
+    for prompt, reply in zip(prompts, chat.replies(prompts, 64), strict=True):
         assert STYLES[name](reply), f"{prompt} -> {reply}"
 
 
 @pytest.mark.slow
 def test_right_answers(chat: Chat) -> None:
-    assert chat.reply("sentiment", PROMPTS["adapters"]["sentiment"], 4) == "negative"
-    assert chat.reply("sentiment", "I really enjoyed this trip, it was lovely!", 4) == "positive"
-    assert chat.reply("terse", PROMPTS["adapters"]["terse"], 4) == "Tokyo."
+    chat.model.set_adapter("sentiment")
+    reviews = [PROMPTS["adapters"]["sentiment"], "I really enjoyed this trip, it was lovely!"]
+    assert chat.replies(reviews, 4) == ["negative", "positive"]
+    chat.model.set_adapter("terse")
+    assert chat.replies([PROMPTS["adapters"]["terse"]], 4) == ["Tokyo."]

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from loraplex.lora import ops, reference
+from loraplex.lora.image import pack_image
+from loraplex.lora.loader import AdapterWeights
+from loraplex.lora.spec import BaseModelSpec, LoRAModule
 
 NUM_MODULES = 7
 NUM_LAYERS = 2
@@ -229,6 +232,23 @@ def test_reference_twin(dtype: torch.dtype) -> None:
     reference.expand(twin_y, v, *case.arguments(1), case.offsets)
     torch.testing.assert_close(v, twin_v, rtol=1e-5, atol=1e-4, equal_nan=True)
     torch.testing.assert_close(y, twin_y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_images_of_the_engine_s_packer(dtype: torch.dtype) -> None:
+    widths = {0: 192, 1: 64, 2: 72}
+    adapters = [random_adapter({0: 9, 2: 16}, 96, widths, dtype) for _ in range(3)]
+    case = Case(adapters, [3, 0, 2], 96, widths, [0, 1, 2], dtype, max_rank=16)
+    v, y = case.run()
+    modules = tuple(LoRAModule(str(m), str(m), 96, widths.get(m, 64)) for m in range(NUM_MODULES))
+    spec = BaseModelSpec("llama", NUM_LAYERS, modules)
+    page_bytes = case.pool.shape[1]
+    case.pool, case.page_tables = place(
+        [pack_image(AdapterWeights(a.a, a.b, dtype), spec, page_bytes).pages for a in adapters]
+    )
+    packed_v, packed_y = case.run()
+    assert torch.equal(packed_y, y)
+    assert torch.equal(packed_v.nan_to_num(7.0), v.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
