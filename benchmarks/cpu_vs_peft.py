@@ -117,9 +117,11 @@ def main() -> None:
                     lambda: run_transformers(model, None, NUM_REQUESTS), 1
                 )
                 names = [f"a{i}" for i in range(NUM_ADAPTERS)]
-                model = PeftModel.from_pretrained(model, str(paths[0]), adapter_name=names[0])
+                # Adapters in the model's bf16, as ours: PEFT's default is float32.
+                bf16 = {"autocast_adapter_dtype": False}
+                model = PeftModel.from_pretrained(model, str(paths[0]), names[0], **bf16)
                 for name, path in zip(names[1:], paths[1:], strict=True):
-                    model.load_adapter(str(path), adapter_name=name)
+                    model.load_adapter(str(path), adapter_name=name, **bf16)
                 figures["peft_mixed"] = repeat(
                     lambda: run_transformers(model.eval(), names, PEFT_BATCH), 1
                 )

@@ -25,9 +25,9 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.request import (
     EngineOutput,
     EngineRequest,
-    FinishReason,
     ModelInfo,
     RequestError,
+    refusal,
 )
 
 if TYPE_CHECKING:
@@ -213,15 +213,7 @@ def _add(core: EngineCore, request: EngineRequest) -> list[EngineOutput]:
     try:
         core.add_request(request)
     except RequestError as error:
-        return [
-            EngineOutput(
-                request_id=request.request_id,
-                new_token_ids=[],
-                finish_reason=FinishReason.ERROR,
-                error=str(error),
-                error_status=error.status,
-            )
-        ]
+        return [refusal(request, error)]
     return []
 
 

@@ -20,10 +20,10 @@ from loraplex.engine.outputs import RequestOutput
 from loraplex.engine.request import (
     EngineOutput,
     EngineRequest,
-    FinishReason,
     LoRARequest,
     RequestError,
     describe,
+    refusal,
 )
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.tokenizer import Tokenizer, load_tokenizer
@@ -210,15 +210,7 @@ class LLM:
             try:
                 self._core.add_request(request)
             except RequestError as error:
-                refusals.append(
-                    EngineOutput(
-                        request_id=request.request_id,
-                        new_token_ids=[],
-                        finish_reason=FinishReason.ERROR,
-                        error=str(error),
-                        error_status=error.status,
-                    )
-                )
+                refusals.append(refusal(request, error))
         return refusals
 
 

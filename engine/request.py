@@ -194,6 +194,17 @@ class RequestError(ValueError):
         self.status = status
 
 
+def refusal(request: EngineRequest, error: RequestError) -> EngineOutput:
+    """The output of a request that the core did not take."""
+    return EngineOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=FinishReason.ERROR,
+        error=str(error),
+        error_status=error.status,
+    )
+
+
 def describe(value: Any, limit: int = 200) -> str:
     """A value as an error message shows it: its repr, cut where it gets long."""
     text = repr(value)

@@ -34,7 +34,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtract this from the logit of a token for every time it is in the output."""
     seed: int | None = None
-    """With a seed, the same request gives the same tokens, whatever else is in the batch."""
+    """With a seed, the request draws the same random numbers, whatever else is in the batch."""
     stop: str | Sequence[str] = ()
     """Strings that end the output; a single string is taken as one."""
     stop_token_ids: tuple[int, ...] = ()
