@@ -6,7 +6,7 @@ namespace loraplex::LORAPLEX_ISA {
 namespace {
 
 // Below this many elements a second thread costs more than it saves.
-constexpr int64_t kParallelElements = 1 << 14;
+constexpr int64_t kParallelElements = 1 << 15;
 
 template <class T>
 LORAPLEX_INLINE void add_residual(T* x, T* residual, int64_t size) {

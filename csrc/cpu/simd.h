@@ -36,7 +36,7 @@ typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 // The same in memory: any alignment, any type behind the pointer.
-typedef float VecInMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float VecInMemory __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
 typedef uint16_t HalfVecInMemory __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
 using Lanes = std::make_integer_sequence<int, kLanes>;
