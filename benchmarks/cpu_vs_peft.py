@@ -88,8 +88,13 @@ def linear_bound(model_path: Path) -> float:
     return NUM_REQUESTS / best
 
 
-def repeat(run: Callable[[], float], times: int) -> list[float]:
-    return [round(run(), 1) for _ in range(times)]
+def repeat(name: str, run: Callable[[], float], times: int) -> list[float]:
+    """Figures of several runs, told as they come."""
+    figures = []
+    for _ in range(times):
+        figures.append(round(run(), 1))
+        print(f"{name}: {figures[-1]} useful tokens/s", flush=True)
+    return figures
 
 
 def main() -> None:
@@ -107,14 +112,18 @@ def main() -> None:
         ]
         with LLM(dtype="bfloat16", enable_prefix_caching=False) as llm:
             run_loraplex(llm, None)
-            figures["loraplex_base"] = repeat(lambda: run_loraplex(llm, None), args.repeats)
+            figures["loraplex_base"] = repeat(
+                "loraplex_base", lambda: run_loraplex(llm, None), args.repeats
+            )
             run_loraplex(llm, paths)
-            figures["loraplex_mixed"] = repeat(lambda: run_loraplex(llm, paths), args.repeats)
+            figures["loraplex_mixed"] = repeat(
+                "loraplex_mixed", lambda: run_loraplex(llm, paths), args.repeats
+            )
         if not args.skip_peft:
             with torch.inference_mode():
                 model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
                 figures["transformers_base"] = repeat(
-                    lambda: run_transformers(model, None, NUM_REQUESTS), 1
+                    "transformers_base", lambda: run_transformers(model, None, NUM_REQUESTS), 1
                 )
                 names = [f"a{i}" for i in range(NUM_ADAPTERS)]
                 # Adapters in the model's bf16, as ours: PEFT's default is float32.
@@ -123,7 +132,7 @@ def main() -> None:
                 for name, path in zip(names[1:], paths[1:], strict=True):
                     model.load_adapter(str(path), adapter_name=name, **bf16)
                 figures["peft_mixed"] = repeat(
-                    lambda: run_transformers(model.eval(), names, PEFT_BATCH), 1
+                    "peft_mixed", lambda: run_transformers(model.eval(), names, PEFT_BATCH), 1
                 )
     report(figures)
 

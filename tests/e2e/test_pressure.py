@@ -67,4 +67,4 @@ def test_200_adapters_400_requests(tmp_path, long_text_ids, capsys):
     with capsys.disabled():
         sys.stdout.write(f"\npressure: {figures}\n")
     # The hot adapter has a third of all requests: it waits for the others, not they for it.
-    assert figures["worst_wait_others_s"] <= figures["whole_s"]
+    assert figures["worst_wait_others_s"] < figures["worst_wait_hot_s"]

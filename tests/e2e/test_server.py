@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from openai import AsyncOpenAI
+from real_server import serving
 from synthetic_adapters import write_adapter
 
 from loraplex import LLM, EngineConfig, LoRARequest, SamplingParams
@@ -35,35 +32,9 @@ def adapter_paths(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server(adapter_paths) -> Iterator[str]:
-    """URL of a server with the adapters; it must end cleanly when asked to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    modules = [f"{name}={path}" for name, path in adapter_paths.items()]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "loraplex.entrypoints.cli", "serve", MODEL, "--dtype", "float32",
-         "--max-model-len", "512", "--port", str(port), "--lora-modules", *modules]
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(url, process)
+    """URL of a server with the adapters."""
+    with serving(adapter_paths) as url:
         yield url
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_until_healthy(url: str, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise AssertionError(f"the server is not healthy; exit code {process.poll()}")
 
 
 def metric(url: str, name: str) -> float:
