@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from loraplex.attention.metadata import AttentionMetadata
+from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 
 Tensor = torch.Tensor
 
@@ -38,24 +38,32 @@ class AttentionBackend(Protocol):
 
 
 class _MakeBackend(Protocol):
-    def __call__(self, scale: float, block_size: int) -> AttentionBackend: ...
+    def __call__(self, shape: AttentionShape) -> AttentionBackend: ...
 
 
 _HOMES = {
+    "flashinfer": ("loraplex.attention.flashinfer", "FlashInferAttention"),
     "native": ("loraplex.attention.native", "NativeAttention"),
     "reference": ("loraplex.attention.reference", "ReferenceAttention"),
 }
 
 
-def get_backend(name: str, *, scale: float, block_size: int) -> AttentionBackend:
-    """The backend of that name ("auto" is native), for a model's scale of scores and page size.
+def get_backend(name: str, shape: AttentionShape) -> AttentionBackend:
+    """The backend of that name; "auto" is flashinfer on CUDA devices and native on the CPU.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and for a shape or device that the backend cannot serve.
     """
-    home = _HOMES.get("native" if name == "auto" else name)
+    if name == "auto":
+        name = "native" if shape.device.type == "cpu" else "flashinfer"
+    home = _HOMES.get(name)
     if home is None:
         allowed = ", ".join(map(repr, ("auto", *_HOMES)))
         raise ValueError(f"attention_backend={name!r} is not allowed: it must be one of {allowed}")
+    if name != "reference" and (name == "native") != (shape.device.type == "cpu"):
+        raise ValueError(
+            f"attention_backend={name!r} is not allowed on the device {str(shape.device)!r}: "
+            "flashinfer serves CUDA devices, native the CPU, and reference both"
+        )
     module, attribute = home
     make: _MakeBackend = getattr(import_module(module), attribute)
-    return make(scale=scale, block_size=block_size)
+    return make(shape)

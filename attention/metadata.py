@@ -1,4 +1,5 @@
-"""What attention needs to know of a step's batch. Knows no requests and no owners of pages."""
+"""What attention needs to know of the model and of a step's batch. Knows no requests and no owners of
+pages."""
 
 from __future__ import annotations
 
@@ -8,11 +9,31 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What stays the same from step to step."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    """Of the scores."""
+    block_size: int
+    """Tokens in a page."""
+    dtype: torch.dtype
+    device: torch.device
+    max_num_requests: int
+    """Most requests of a step."""
+    max_num_pages: int
+    """Most pages of all requests of a step, each counted as often as it is used."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMetadata:
     """One step's batch, as attention sees it.
 
     The query rows of request r are rows cu_seqlens_q[r]..cu_seqlens_q[r + 1] of the batch, and the
-    last of its seq_lens[r] tokens; each sees itself and what is before it.
+    last of its seq_lens[r] tokens; each sees itself and what is before it. All but slot_mapping is
+    in host memory, where plans are made; slot_mapping is beside the caches.
     """
 
     cu_seqlens_q: torch.Tensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from loraplex import native
-from loraplex.attention.metadata import AttentionMetadata
+from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 
 Tensor = torch.Tensor
 
@@ -40,8 +40,7 @@ class PlannedNativeAttention:
 class NativeAttention:
     """The kernels cut the batch into items of work themselves, so that there is little to plan."""
 
-    scale: float
-    block_size: int
+    shape: AttentionShape
 
     def plan(self, metadata: AttentionMetadata) -> PlannedNativeAttention:
-        return PlannedNativeAttention(metadata, self.scale)
+        return PlannedNativeAttention(metadata, self.shape.scale)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex.attention.metadata import AttentionMetadata
+from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 
 Tensor = torch.Tensor
 
@@ -55,8 +55,7 @@ class PlannedReferenceAttention:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceAttention:
-    scale: float
-    block_size: int
+    shape: AttentionShape
 
     def plan(self, metadata: AttentionMetadata) -> PlannedReferenceAttention:
-        return PlannedReferenceAttention(metadata, self.scale, self.block_size)
+        return PlannedReferenceAttention(metadata, self.shape.scale, self.shape.block_size)

@@ -48,8 +48,6 @@ struct Argument {
     LORAPLEX_REQUIRE(same(tensor.dtype(), type))
         << function << ": " << name << " must be of type " << tvm::ffi::DLDataTypeToString(type)
         << ", got " << tvm::ffi::DLDataTypeToString(tensor.dtype());
-    LORAPLEX_REQUIRE(tensor.device().device_type == kDLCPU)
-        << function << ": " << name << " must be in host memory";
     return *this;
   }
 
@@ -110,8 +108,32 @@ struct Argument {
   }
 };
 
-void check_range(const char* function, const char* name, const int64_t* values, int64_t n,
-                 int64_t end) {
+// The device that all these tensors are on.
+[[maybe_unused]] DLDevice common_device(std::initializer_list<Argument> arguments) {
+  const Argument& first = *arguments.begin();
+  const DLDevice device = first.tensor.device();
+  for (const Argument& argument : arguments) {
+    const DLDevice other = argument.tensor.device();
+    LORAPLEX_REQUIRE(other.device_type == device.device_type && other.device_id == device.device_id)
+        << first.function << ": " << argument.name << " must be on the device of " << first.name;
+  }
+  return device;
+}
+
+[[maybe_unused]] void require_host(std::initializer_list<Argument> arguments) {
+  LORAPLEX_REQUIRE(common_device(arguments).device_type == kDLCPU)
+      << arguments.begin()->function << ": " << arguments.begin()->name
+      << " must be in host memory";
+}
+
+[[maybe_unused]] void require_cuda(std::initializer_list<Argument> arguments) {
+  LORAPLEX_REQUIRE(common_device(arguments).device_type == kDLCUDA)
+      << arguments.begin()->function << ": " << arguments.begin()->name
+      << " must be in the memory of a CUDA device";
+}
+
+[[maybe_unused]] void check_range(const char* function, const char* name, const int64_t* values,
+                                  int64_t n, int64_t end) {
   for (int64_t i = 0; i < n; ++i) {
     LORAPLEX_REQUIRE(values[i] >= 0 && values[i] < end)
         << function << ": " << name << "[" << i << "] is " << values[i] << ", allowed is 0 to "

@@ -1,4 +1,5 @@
 // The one binding file: checks arguments, picks the instruction set, calls the kernels.
+#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <string>
@@ -7,6 +8,7 @@
 #include "arguments.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
+#include "cuda/kernels.h"
 
 namespace loraplex {
 namespace {
@@ -78,6 +80,42 @@ void set_cpu_isa(const String& isa) {
                             << "have; they have " << allowed;
 }
 
+// ---- devices ----
+
+#ifdef LORAPLEX_CUDA
+#define LORAPLEX_CUDA_KERNEL(kernel) &cuda::kernel
+#else
+#define LORAPLEX_CUDA_KERNEL(kernel) nullptr
+#endif
+
+// Whether this build can run on CUDA devices.
+bool has_cuda() {
+#ifdef LORAPLEX_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+// Enqueues a kernel on the stream that torch works on.
+template <class Params>
+void run_on_cuda(const char* function, DLDevice device, const char* (*kernel)(const Params&, void*),
+                 const Params& p) {
+  LORAPLEX_REQUIRE(device.device_type == kDLCUDA && kernel != nullptr)
+      << function << ": tensors are on a device that this build has no kernels for";
+  const char* error = kernel(p, TVMFFIEnvGetStream(device.device_type, device.device_id));
+  if (error != nullptr) TVM_FFI_THROW(RuntimeError) << function << ": " << error;
+}
+
+template <class Params>
+void run(const char* function, DLDevice device, void (*on_cpu)(const Params&),
+         const char* (*on_cuda)(const Params&, void*), const Params& p) {
+  if (device.device_type == kDLCPU)
+    on_cpu(p);
+  else
+    run_on_cuda(function, device, on_cuda, p);
+}
+
 // ---- small operations ----
 
 // Shape [tokens, size] or [tokens, heads, size] as strides of tokens and heads.
@@ -105,22 +143,27 @@ RmsNormParams rms_norm_params(const char* function, const Argument& x, const Arg
 }
 
 void rms_norm(TensorView out, TensorView x, TensorView weight, double eps) {
-  const Argument input{"rms_norm", "x", x}, output{"rms_norm", "out", out};
-  RmsNormParams p = rms_norm_params("rms_norm", input, {"rms_norm", "weight", weight}, eps);
+  const char* function = "rms_norm";
+  const Argument input{function, "x", x}, output{function, "out", out};
+  const Argument scale{function, "weight", weight};
+  const DLDevice device = common_device({input, output, scale});
+  RmsNormParams p = rms_norm_params(function, input, scale, eps);
   p.out = output.is_like(input).tensor.data_ptr();
   row_strides(output, p.out_strides);
-  active->rms_norm(p);
+  run(function, device, active->rms_norm, LORAPLEX_CUDA_KERNEL(rms_norm), p);
 }
 
 void fused_add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps) {
   const char* function = "fused_add_rms_norm";
   const Argument input{function, "x", x}, stream{function, "residual", residual};
-  RmsNormParams p = rms_norm_params(function, input, {function, "weight", weight}, eps);
+  const Argument scale{function, "weight", weight};
+  const DLDevice device = common_device({input, stream, scale});
+  RmsNormParams p = rms_norm_params(function, input, scale, eps);
   p.out = p.x;
   row_strides(input, p.out_strides);
   p.residual = stream.is_like(input).tensor.data_ptr();
   row_strides(stream, p.residual_strides);
-  active->rms_norm(p);
+  run(function, device, active->rms_norm, LORAPLEX_CUDA_KERNEL(rms_norm), p);
 }
 
 void apply_rope(TensorView positions, TensorView q, TensorView k, TensorView cos_sin_cache) {
@@ -133,6 +176,7 @@ void apply_rope(TensorView positions, TensorView q, TensorView k, TensorView cos
   p.num_tokens = positions.size(0);
   p.half = cos_sin_cache.size(1) / 2;
   const Argument tensors[] = {{function, "q", q}, {function, "k", k}};
+  const DLDevice device = common_device({position, cache, tensors[0], tensors[1]});
   p.dtype = tensors[0].float_type();
   for (int i = 0; i < 2; ++i) {
     tensors[i].has_type(q.dtype()).has_shape({p.num_tokens, kAny, kAny}).has_dense_rows();
@@ -146,12 +190,16 @@ void apply_rope(TensorView positions, TensorView q, TensorView k, TensorView cos
   }
   p.positions = position.data<int64_t>();
   p.cos_sin_cache = cache.data<float>();
-  check_range(function, "positions", p.positions, p.num_tokens, cos_sin_cache.size(0));
-  active->rope(p);
+  if (device.device_type == kDLCPU) {
+    check_range(function, "positions", p.positions, p.num_tokens, cos_sin_cache.size(0));
+  }
+  run(function, device, active->rope, LORAPLEX_CUDA_KERNEL(rope), p);
 }
 
 void silu_and_mul(TensorView out, TensorView gate_up) {
-  const Argument output{"silu_and_mul", "out", out}, input{"silu_and_mul", "gate_up", gate_up};
+  const char* function = "silu_and_mul";
+  const Argument output{function, "out", out}, input{function, "gate_up", gate_up};
+  const DLDevice device = common_device({output, input});
   SiluAndMulParams p{};
   p.dtype = output.has_shape({kAny, kAny}).has_dense_rows().float_type();
   p.num_tokens = out.size(0);
@@ -161,7 +209,7 @@ void silu_and_mul(TensorView out, TensorView gate_up) {
   p.gate_up = gate_up.data_ptr();
   p.out_stride = out.stride(0);
   p.gate_up_stride = gate_up.stride(0);
-  active->silu_and_mul(p);
+  run(function, device, active->silu_and_mul, LORAPLEX_CUDA_KERNEL(silu_and_mul), p);
 }
 
 // ---- attention ----
@@ -183,6 +231,7 @@ void write_kv(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache
   const Argument slots{function, "slot_mapping", slot_mapping};
   const Argument rows[] = {{function, "k", k}, {function, "v", v}};
   const Argument caches[] = {{function, "k_cache", k_cache}, {function, "v_cache", v_cache}};
+  const DLDevice device = common_device({rows[0], rows[1], caches[0], caches[1], slots});
   WriteKvParams p{};
   slots.has_type(kInt64).has_shape({kAny}).is_contiguous();
   rows[0].has_shape({kAny, kAny, kAny});
@@ -201,8 +250,10 @@ void write_kv(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache
         cache_params(caches[i], k.dtype(), {num_pages, p.block_size, p.num_kv_heads, p.head_dim});
   }
   p.slot_mapping = slots.data<int64_t>();
-  check_range(function, "slot_mapping", p.slot_mapping, p.num_tokens, num_pages * p.block_size);
-  active->write_kv(p);
+  if (device.device_type == kDLCPU) {
+    check_range(function, "slot_mapping", p.slot_mapping, p.num_tokens, num_pages * p.block_size);
+  }
+  run(function, device, active->write_kv, LORAPLEX_CUDA_KERNEL(write_kv), p);
 }
 
 void paged_attention(TensorView out, TensorView q, TensorView k_cache, TensorView v_cache,
@@ -214,6 +265,7 @@ void paged_attention(TensorView out, TensorView q, TensorView k_cache, TensorVie
   const Argument table{function, "block_table", block_table};
   const Argument indptr{function, "cu_seqlens_q", cu_seqlens_q};
   const Argument lengths{function, "seq_lens", seq_lens};
+  require_host({query, output, k, v, table, indptr, lengths});
   AttentionParams p{};
   p.dtype = query.has_shape({kAny, kAny, kAny}).has_dense_rows().float_type();
   p.head_dim = q.size(2);
@@ -269,6 +321,7 @@ struct LoraCall {
     const Argument memory{function, "pool", pool};
     const Argument indptr{function, "segment_indptr", segment_indptr};
     const Argument tables{function, "page_tables", page_tables};
+    require_host({rows, sums, memory, indptr, tables});
     params.dtype = rows.has_shape({kAny, kAny}).has_dense_rows().float_type();
     params.activations = activations.data_ptr();
     params.activation_stride = activations.stride(0);
@@ -338,6 +391,7 @@ void lora_expand(TensorView y, TensorView v, TensorView pool, TensorView segment
 }  // namespace
 }  // namespace loraplex
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_cuda, loraplex::has_cuda);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(get_cpu_isa, loraplex::get_cpu_isa);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(supported_cpu_isas, loraplex::supported_cpu_isas);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_cpu_isa, loraplex::set_cpu_isa);

@@ -42,14 +42,17 @@ class EngineConfig:
     block_size: int = option(16, "Tokens of KV cache in one page.")
     pool_bytes: int | None = option(
         None,
-        "Bytes of the page pool, which KV cache and adapters share; default on the CPU: the "
-        "smaller of 4 GiB and 40 % of the free memory.",
+        "Bytes of the page pool, which KV cache and adapters share; default: on the CPU the "
+        "smaller of 4 GiB and 40 % of the free memory, on a GPU what gpu_memory_utilization "
+        "leaves beside weights and activations.",
     )
     host_adapter_bytes: int = option(
         4 * GIB, "Bytes of host memory for adapters that are not in the pool."
     )
     gpu_memory_utilization: float | None = option(
-        None, "Share of the accelerator's memory to use (CUDA devices; on the CPU, pool_bytes)."
+        None,
+        "Share of a GPU's memory to use for weights, activations and pool; default: 0.9. On the "
+        "CPU, pool_bytes sizes the pool.",
     )
     enable_prefix_caching: bool = option(True, "Reuse the KV cache of prompts that begin alike.")
     adapter_affinity_tokens: int = option(
@@ -63,17 +66,19 @@ class EngineConfig:
     skip_tokenizer_init: bool = option(False, "Take and give token ids only.")
     enforce_eager: bool = option(False, "Run without CUDA graphs (the CPU has none).")
     seed: int = option(0, "Seed from which requests without one of their own draw theirs.")
-    device: str = option("auto", "cpu, or auto.")
+    device: str = option("auto", "cuda, cpu, or auto: cuda where there is a GPU.")
     attention_backend: str = option(
-        "auto", "native (C++ kernels), reference (torch, slow), or auto, which is native."
+        "auto",
+        "flashinfer (GPUs), native (C++ kernels for the CPU), reference (torch, slow), or auto, "
+        "which is flashinfer on a GPU and native on the CPU.",
     )
 
     def __post_init__(self) -> None:
         one_of = {
             "dtype": ("auto", "bfloat16", "float32"),
             "load_format": ("auto", "dummy"),
-            "device": ("auto", "cpu"),
-            "attention_backend": ("auto", "native", "reference"),
+            "device": ("auto", "cpu", "cuda"),
+            "attention_backend": ("auto", "flashinfer", "native", "reference"),
             "tensor_parallel_size": (1,),
             "quantization": (None,),
         }
@@ -90,9 +95,9 @@ class EngineConfig:
         for name in ("host_adapter_bytes", "adapter_affinity_tokens"):
             value = getattr(self, name)
             _check(name, value, isinstance(value, int) and value >= 0, "an integer of 0 or more")
-        _check("gpu_memory_utilization", self.gpu_memory_utilization,
-               self.gpu_memory_utilization is None,
-               "left out on the CPU, where pool_bytes sizes the pool")  # fmt: skip
+        share = self.gpu_memory_utilization
+        _check("gpu_memory_utilization", share, share is None or 0 < share <= 1,
+               "above 0 and at most 1")  # fmt: skip
         _check("max_num_batched_tokens", self.max_num_batched_tokens,
                self.max_num_batched_tokens >= self.max_num_seqs,
                f"at least max_num_seqs={self.max_num_seqs}, so that every running request can "

@@ -7,6 +7,7 @@ runner.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from loraplex.engine.kv_manager import KVManager
 from loraplex.engine.page_pool import PagePool, PageState
 from loraplex.engine.request import EngineOutput, EngineRequest, ModelInfo, Request, RequestError
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.step import StepBatch, StepResult
+from loraplex.engine.step import PendingStep, StepBatch
 
 # What a lent page costs to bring back, relative to one copied in from host memory: computing
 # 16 tokens again takes some hundred times as long as copying as many bytes, on CPUs and GPUs.
@@ -34,8 +35,8 @@ STATE_NAMES = {
 
 
 class Runner(Protocol):
-    def execute(self, batch: StepBatch) -> StepResult:
-        """Compute a step."""
+    def launch(self, batch: StepBatch) -> PendingStep:
+        """Enqueue a step; what it reads and writes is ordered behind the steps launched before."""
 
 
 class Device(Protocol):
@@ -44,6 +45,8 @@ class Device(Protocol):
     model_info: ModelInfo
     num_pages: int
     page_bytes: int
+    steps_ahead: int
+    """Steps that may be launched before the tokens of an earlier one are known."""
 
     @property
     def runner(self) -> Runner: ...
@@ -66,7 +69,7 @@ def build_device(config: EngineConfig, wake: Callable[[], None]) -> Device:
 
 
 class EngineCore:
-    """Schedules, executes and updates, one step at a time. One thread calls it."""
+    """Schedules, launches and updates, step by step. One thread calls it."""
 
     def __init__(self, config: EngineConfig, build: DeviceBuilder = build_device) -> None:
         self._wake = threading.Event()
@@ -90,22 +93,31 @@ class EngineCore:
         self._input_batch = InputBatch(
             config.max_num_seqs, self.model_info.max_model_len, config.block_size
         )
+        # Steps whose results have not been taken in, oldest first.
+        self._in_flight: deque[tuple[StepBatch, PendingStep]] = deque()
         self._num_steps = 0
-        # Whether the last step found nothing to compute: all requests wait for their adapters.
+        # Whether the last step found nothing to do: all requests wait for their adapters.
         self._is_starved = False
 
     def step(self) -> list[EngineOutput]:
-        """Schedule, execute, update. Gives [] while all requests wait for their adapters."""
+        """Schedule, launch, update. The device may be a step ahead: what is launched here is then
+        taken in by the next call. Gives [] while there is no token to tell."""
         plan = self._scheduler.schedule()
         self._input_batch.release(plan.stopped)
-        self._is_starved = not plan.num_new_tokens
-        if self._is_starved:
-            return self._scheduler.take_outputs()
-        batch = self._input_batch.build(plan)
-        result = self._device.runner.execute(batch)
-        self._input_batch.append_tokens(batch, result.token_ids)
-        self._num_steps += 1
-        return self._scheduler.update(batch, result)
+        self._is_starved = not plan.num_new_tokens and not self._in_flight
+        num_ahead = 0
+        if plan.num_new_tokens:
+            batch = self._input_batch.build(plan)
+            self._in_flight.append((batch, self._device.runner.launch(batch)))
+            self._num_steps += 1
+            # What penalties go by, the host must know before it builds the next step.
+            num_ahead = 0 if batch.sampling.has_penalties else self._device.steps_ahead
+        while len(self._in_flight) > num_ahead:
+            batch, step = self._in_flight.popleft()
+            result = step.result()
+            self._input_batch.append_tokens(batch, result.token_ids)
+            self._scheduler.update(batch, result)
+        return self._scheduler.take_outputs()
 
     def add_request(self, request: EngineRequest) -> None:
         """Raises RequestError for what is known at once; later failures come as outputs."""
@@ -126,7 +138,8 @@ class EngineCore:
             self._scheduler.abort(request_id)
 
     def has_unfinished_requests(self) -> bool:
-        return self._scheduler.has_unfinished_requests()
+        """Whether there is anything to step for."""
+        return self._scheduler.has_unfinished_requests() or bool(self._in_flight)
 
     def wait_for_work(self, timeout: float) -> None:
         """Wait until an adapter came closer, or for so many seconds; not if there is work now."""
@@ -155,7 +168,7 @@ class EngineCore:
 
     def check_integrity(self) -> None:
         """Assert that every page has one owner and every count adds up."""
-        self._scheduler.check_integrity()
+        self._scheduler.check_integrity([batch for batch, _ in self._in_flight])
 
     def shutdown(self) -> None:
         """Give back threads and memory; the core is of no use afterwards."""

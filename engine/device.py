@@ -5,23 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 
-from loraplex.attention.backend import get_backend
+from loraplex import native
+from loraplex.attention.backend import AttentionBackend, get_backend
+from loraplex.attention.metadata import AttentionShape
 from loraplex.engine.config import GIB, EngineConfig
+from loraplex.engine.gpu_runner import GpuModelRunner
 from loraplex.engine.model_runner import ModelRunner
 from loraplex.engine.models.config import head_dim, read_model_config, resolve_dtype
 from loraplex.engine.models.locate import locate_model, locate_tokenizer, model_name
-from loraplex.engine.models.registry import base_model_spec, build_model, page_bytes
+from loraplex.engine.models.registry import Model, base_model_spec, build_model, page_bytes
 from loraplex.engine.request import ModelInfo
 from loraplex.engine.tokenizer import read_eos_token_ids
 from loraplex.lora.host_store import HostAdapterStore
 from loraplex.lora.peft_config import adapter_fingerprint
+from loraplex.lora.spec import BaseModelSpec
 
 MAX_DEFAULT_POOL_BYTES = 4 * GIB
 DEFAULT_POOL_SHARE = 0.4
 NUM_LOADER_THREADS = 4
+DEFAULT_GPU_SHARE = 0.9
+# Of the pool that activations are measured with: they only touch the scratch page.
+MEASURING_PAGES = 2
 
 
 class PooledAdapters:
@@ -49,16 +57,11 @@ class TorchDevice:
     """The model and everything that has tensors; see loraplex.engine.core.Device."""
 
     def __init__(self, config: EngineConfig, wake: Callable[[], None]) -> None:
+        device = resolve_device(config)
         path = locate_model(config.model, config.revision)
         hf_config = read_model_config(path)
         dtype = resolve_dtype(config.dtype, hf_config)
-        trained_len = hf_config.max_position_embeddings
-        max_model_len = config.max_model_len or trained_len
-        if max_model_len > trained_len:
-            raise ValueError(
-                f"max_model_len={max_model_len} is not allowed: "
-                f"the model was trained for {trained_len} positions"
-            )
+        max_model_len = _resolve_max_model_len(config, hf_config)
         self.model_info = ModelInfo(
             model_name=model_name(config.model, path),
             tokenizer_path=str(
@@ -69,21 +72,30 @@ class TorchDevice:
             eos_token_ids=read_eos_token_ids(path),
         )
         self.page_bytes = page_bytes(hf_config, config.block_size, dtype)
-        self.num_pages = (config.pool_bytes or _default_pool_bytes()) // self.page_bytes
-        if self.num_pages < 2:
-            raise ValueError(
-                f"pool_bytes={config.pool_bytes} is not allowed: a page of this model has "
-                f"{self.page_bytes} bytes, and the pool needs two at least"
-            )
-        model = build_model(config, path, hf_config, dtype, max_model_len)
         spec = base_model_spec(hf_config)
-        memory = torch.empty(self.num_pages, self.page_bytes, dtype=torch.uint8)
         backend = get_backend(
             config.attention_backend,
-            scale=head_dim(hf_config) ** -0.5,
-            block_size=config.block_size,
+            AttentionShape(
+                num_heads=hf_config.num_attention_heads,
+                num_kv_heads=hf_config.num_key_value_heads,
+                head_dim=head_dim(hf_config),
+                scale=head_dim(hf_config) ** -0.5,
+                block_size=config.block_size,
+                dtype=dtype,
+                device=device,
+                max_num_requests=config.max_num_seqs,
+                max_num_pages=config.max_num_seqs * -(-max_model_len // config.block_size),
+            ),
         )
-        self.runner = ModelRunner(model, hf_config, spec, backend, memory, config.block_size)
+        model = build_model(config, path, hf_config, dtype, max_model_len, device)
+        if device.type == "cuda":
+            self.steps_ahead = 1
+            memory, self.runner = self._build_gpu_runner(config, model, hf_config, spec, backend)
+        else:
+            self.steps_ahead = 0
+            memory = self._allocate(config.pool_bytes or _default_pool_bytes(), device)
+            self.runner = ModelRunner(model, hf_config, spec, backend, memory, config.block_size)
+        self.num_pages = len(memory)
         self._store = HostAdapterStore(
             spec,
             self.page_bytes,
@@ -94,8 +106,78 @@ class TorchDevice:
         )
         self.adapter_store = PooledAdapters(self._store, memory)
 
+    def _build_gpu_runner(
+        self,
+        config: EngineConfig,
+        model: Model,
+        hf_config: Any,
+        spec: BaseModelSpec,
+        backend: AttentionBackend,
+    ) -> tuple[torch.Tensor, GpuModelRunner]:
+        """The pool gets what is left of the device's memory, as measured."""
+        device = model.embedding.device
+        runner = GpuModelRunner(
+            model,
+            hf_config,
+            spec,
+            backend,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            max_pool_pages=torch.cuda.mem_get_info(device)[1] // self.page_bytes,
+        )
+        runner.attach_pool(self._allocate(MEASURING_PAGES * self.page_bytes, device))
+        activation_bytes = runner.measure_activations()
+        pool_bytes = config.pool_bytes
+        if pool_bytes is None:
+            free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+            share = config.gpu_memory_utilization or DEFAULT_GPU_SHARE
+            used_bytes = total_bytes - free_bytes
+            pool_bytes = int(share * total_bytes) - used_bytes - activation_bytes
+        memory = self._allocate(pool_bytes, device)
+        runner.attach_pool(memory)
+        if not config.enforce_eager:
+            runner.capture_graphs()
+        return memory, runner
+
+    def _allocate(self, pool_bytes: int, device: torch.device) -> torch.Tensor:
+        num_pages = pool_bytes // self.page_bytes
+        if num_pages < 2:
+            raise ValueError(
+                f"pool_bytes={pool_bytes} is not allowed: a page of this model has "
+                f"{self.page_bytes} bytes, and the pool needs two at least"
+            )
+        return torch.empty(num_pages, self.page_bytes, dtype=torch.uint8, device=device)
+
     def close(self) -> None:
         self._store.close()
+
+
+def resolve_device(config: EngineConfig) -> torch.device:
+    """Raises ValueError for a device that this machine or build does not have."""
+    has_cuda = torch.cuda.is_available() and native.has_cuda()
+    if config.device == "cuda" and not has_cuda:
+        lack = "this build has no CUDA kernels" if torch.cuda.is_available() else "there is no GPU"
+        raise ValueError(f"device='cuda' is not allowed here: {lack}; use 'cpu' or 'auto'")
+    if has_cuda and config.device != "cpu":
+        return torch.device("cuda", torch.cuda.current_device())
+    if config.gpu_memory_utilization is not None:
+        raise ValueError(
+            f"gpu_memory_utilization={config.gpu_memory_utilization} is not allowed on the CPU, "
+            "where pool_bytes sizes the pool: leave it out"
+        )
+    return torch.device("cpu")
+
+
+def _resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:
+    trained_len: int = hf_config.max_position_embeddings
+    max_model_len = config.max_model_len or trained_len
+    if max_model_len > trained_len:
+        raise ValueError(
+            f"max_model_len={max_model_len} is not allowed: "
+            f"the model was trained for {trained_len} positions"
+        )
+    return max_model_len
 
 
 def _default_pool_bytes() -> int:

@@ -15,6 +15,7 @@ from loraplex.engine.step import Int32Array, PromptLogprobsSpan, StepBatch, Step
 
 # Requests without an adapter sort behind all others.
 BASE_SORT_KEY = np.iinfo(np.int64).max
+PENDING = -1
 
 
 class InputBatch:
@@ -23,9 +24,12 @@ class InputBatch:
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         self._block_size = block_size
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self._token_ids = np.zeros((max_num_seqs, max_model_len), np.int32)
+        # PENDING where a token is on its way. The last row, slot -1, is for tokens of requests that
+        # have stopped meanwhile, and nobody reads it.
+        self._token_ids = np.zeros((max_num_seqs + 1, max_model_len), np.int32)
         self._block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
         self._num_blocks = [0] * max_num_seqs
+        # With those on their way.
         self._num_tokens = np.zeros(max_num_seqs, np.int32)
         self._num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self._sort_key = np.zeros(max_num_seqs, np.int64)
@@ -40,7 +44,7 @@ class InputBatch:
                 request.slot = -1
 
     def build(self, plan: StepPlan) -> StepBatch:
-        """The arrays of this step; see StepBatch."""
+        """The arrays of this step; see StepBatch. What it samples is on its way from then on."""
         self._sync_slots(plan)
         planned = list(plan.num_new_tokens)
         slots = np.fromiter((r.slot for r in planned), np.int64, len(planned))
@@ -48,27 +52,35 @@ class InputBatch:
         slots = slots[order]
         requests = [planned[i] for i in order.tolist()]
         num_new_tokens = np.fromiter(plan.num_new_tokens.values(), np.int32, len(planned))[order]
-        num_computed = np.fromiter(
-            (r.num_computed_tokens for r in requests), np.int32, len(requests)
-        )
+        seq_lens = np.fromiter((r.num_computed_tokens for r in requests), np.int32, len(requests))
         cu_seqlens_q = np.zeros(len(requests) + 1, np.int32)
         np.cumsum(num_new_tokens, out=cu_seqlens_q[1:])
-        seq_lens = num_computed + num_new_tokens
 
         row_slots = np.repeat(slots, num_new_tokens)
-        first_positions = np.repeat(num_computed - cu_seqlens_q[:-1], num_new_tokens)
+        first_positions = np.repeat(seq_lens - cu_seqlens_q[1:], num_new_tokens)
         positions = np.arange(cu_seqlens_q[-1], dtype=np.int64) + first_positions
         blocks, offsets = np.divmod(positions, self._block_size)
         most_blocks = -(-int(seq_lens.max()) // self._block_size)
+        token_ids = self._token_ids[row_slots, positions]
 
         sampled = np.flatnonzero(seq_lens == self._num_tokens[slots])
         sampled_slots = slots[sampled]
         num_output_tokens = self._num_tokens[sampled_slots] - self._num_prompt_tokens[sampled_slots]
+        sampling = self._sampling.gather(
+            sampled_slots,
+            num_output_tokens,
+            self._token_ids,
+            self._num_prompt_tokens,
+            self._num_tokens,
+        )
+        self._token_ids[sampled_slots, seq_lens[sampled]] = PENDING
+        self._num_tokens[sampled_slots] += 1
         segment_indptr, page_tables, max_rank = _lora_segments(requests, cu_seqlens_q)
         return StepBatch(
             requests=requests,
             num_new_tokens=num_new_tokens,
-            token_ids=self._token_ids[row_slots, positions],
+            token_ids=token_ids,
+            token_slots=np.where(token_ids == PENDING, row_slots, -1).astype(np.int32),
             positions=positions,
             cu_seqlens_q=cu_seqlens_q,
             seq_lens=seq_lens,
@@ -79,24 +91,19 @@ class InputBatch:
             page_tables=page_tables,
             max_rank=max_rank,
             sampled=sampled,
+            sampled_slots=sampled_slots.astype(np.int32),
             logits_rows=cu_seqlens_q[1:][sampled].astype(np.int64) - 1,
-            sampling=self._sampling.gather(
-                sampled_slots,
-                num_output_tokens,
-                self._token_ids,
-                self._num_prompt_tokens,
-                self._num_tokens,
-            ),
+            sampling=sampling,
             prompt_logprobs=_prompt_logprobs_spans(requests, num_new_tokens, cu_seqlens_q),
         )
 
     def append_tokens(self, batch: StepBatch, token_ids: list[int]) -> None:
-        """Put the sampled tokens behind the others of their requests."""
+        """Put the tokens that a step sampled where they were on their way to."""
+        # Not batch.sampled_slots: those of requests that have stopped may be others' by now.
         slots = np.fromiter(
             (batch.requests[i].slot for i in batch.sampled.tolist()), np.int64, len(token_ids)
         )
-        self._token_ids[slots, self._num_tokens[slots]] = token_ids
-        self._num_tokens[slots] += 1
+        self._token_ids[slots, batch.seq_lens[batch.sampled]] = token_ids
 
     def _sync_slots(self, plan: StepPlan) -> None:
         """Give slots to requests that began to run, and take in what blocks all of them got."""
@@ -111,8 +118,9 @@ class InputBatch:
 
     def _occupy(self, request: Request) -> None:
         slot = request.slot = self._free_slots.pop()
-        self._token_ids[slot, : request.num_tokens] = request.all_token_ids
-        self._num_tokens[slot] = request.num_tokens
+        num_tokens = len(request.all_token_ids)
+        self._token_ids[slot, :num_tokens] = request.all_token_ids
+        self._num_tokens[slot] = num_tokens
         self._num_prompt_tokens[slot] = request.num_prompt_tokens
         self._num_blocks[slot] = 0
         adapter = request.adapter
@@ -150,18 +158,17 @@ def _prompt_logprobs_spans(
         num_logprobs = request.wire.sampling_params.prompt_logprobs
         if num_logprobs is None:
             continue
-        # Rows of positions [num_computed, end) score tokens one further; the scores of tokens
-        # before `first` were taken before a preemption.
-        first = len(request.prompt_logprobs) + 1
-        start = max(request.num_computed_tokens, first - 1)
-        end = min(
-            request.num_computed_tokens + int(num_new_tokens[index]), request.num_prompt_tokens - 1
-        )
+        # Rows of positions [num_computed, end) score tokens one further. Some may have been scored
+        # already, before a preemption.
+        num_computed = request.num_computed_tokens - int(num_new_tokens[index])
+        start = max(num_computed, request.num_scored_tokens)
+        end = min(request.num_computed_tokens, request.num_prompt_tokens - 1)
         if start < end:
+            request.num_scored_tokens = end
             spans.append(
                 PromptLogprobsSpan(
                     request=request,
-                    first_row=int(cu_seqlens_q[index]) + start - request.num_computed_tokens,
+                    first_row=int(cu_seqlens_q[index]) + start - num_computed,
                     target_ids=np.array(request.all_token_ids[start + 1 : end + 1], np.int32),
                     num_logprobs=num_logprobs,
                 )

@@ -85,10 +85,12 @@ class KVManager:
         return True
 
     def key_computed_blocks(self, request: Request) -> None:
-        """Enter the blocks that became full and computed into the prefix cache."""
+        """Enter the blocks that became full into the prefix cache: those whose tokens are known
+        and computed by steps that are launched, since later steps run behind those."""
         num_full = request.num_computed_tokens // self.block_size
         if not self.enable_prefix_caching or num_full <= request.num_keyed_blocks:
             return
+        num_full = min(num_full, len(request.all_token_ids) // self.block_size)
         hashes = self._hashes(request, num_full)
         for index in range(request.num_keyed_blocks, num_full):
             block_hash, page = hashes[index], request.block_table[index]
@@ -100,7 +102,10 @@ class KVManager:
         request.num_keyed_blocks = num_full
 
     def release(self, request: Request) -> None:
-        """Take the request off its blocks: keyed ones are lent to the cache, others freed."""
+        """Take the request off its blocks: keyed ones are lent to the cache, others freed.
+
+        Steps in flight may still write to them: whoever gets them writes behind those.
+        """
         freed = []
         # The tail first, so that it is reclaimed before the head, which more prompts share.
         for page in reversed(request.block_table):
@@ -114,6 +119,7 @@ class KVManager:
                 freed.append(page)
         self._pool.free(freed)
         request.block_table.clear()
+        request.num_computed_tokens = 0
         request.num_keyed_blocks = 0
 
     def peek_reclaimable(self) -> Candidate | None:

@@ -12,8 +12,8 @@ from loraplex.attention.metadata import AttentionMetadata
 from loraplex.engine import sampler
 from loraplex.engine.models.registry import Model, kv_block_shape
 from loraplex.engine.request import TokenLogprobs
-from loraplex.engine.step import PromptLogprobsSpan, StepBatch, StepResult
-from loraplex.lora.layers import LinearWithLoRA, LoRABatch
+from loraplex.engine.step import FinishedStep, PromptLogprobsSpan, StepBatch, StepResult
+from loraplex.lora.layers import CpuLoRABatch, LinearWithLoRA, LoRABatch
 from loraplex.lora.spec import BaseModelSpec
 
 # Rows of prompt logits computed at a time: a row of logits is as large as the vocabulary.
@@ -51,14 +51,14 @@ class ModelRunner:
         self._backend = backend
         self._pool_memory = pool_memory
         self._spec = spec
-        pages = pool_memory.view(model.embedding.dtype)
-        kv = pages.view(-1, *kv_block_shape(hf_config, block_size))
-        self._kv_caches = [(kv[:, layer, 0], kv[:, layer, 1]) for layer in range(kv.shape[1])]
+        self._kv_caches = make_kv_caches(pool_memory, hf_config, block_size, model)
         self._most_modules = wrap_linears(model, spec)
 
     @torch.inference_mode()
-    def execute(self, batch: StepBatch) -> StepResult:
-        """Compute the step's tokens, and sample where a request has all its tokens computed."""
+    def launch(self, batch: StepBatch) -> FinishedStep:
+        """Compute the step's tokens, and sample where a request has all its tokens computed.
+
+        It is done at once, so that no token is ever on its way."""
         device_batch = DeviceBatch(
             attention=self._backend.plan(_attention_metadata(batch)),
             kv_caches=self._kv_caches,
@@ -66,22 +66,22 @@ class ModelRunner:
         )
         token_ids = torch.from_numpy(batch.token_ids)
         hidden = self._model.forward(token_ids, torch.from_numpy(batch.positions), device_batch)
-        prompt_logprobs = [self._score_prompt(span, hidden) for span in batch.prompt_logprobs]
+        prompt_logprobs = [
+            score_prompt(self._model, span, hidden) for span in batch.prompt_logprobs
+        ]
         if len(batch.sampled) == 0:
-            return StepResult(token_ids=[], logprobs=None, prompt_logprobs=prompt_logprobs)
+            return FinishedStep(StepResult([], None, prompt_logprobs))
         logits = self._model.logits(hidden[torch.from_numpy(batch.logits_rows)])
         sampled = sampler.sample(logits, batch.sampling)
-        return StepResult(
-            token_ids=sampled.token_ids.tolist(),
-            logprobs=sampled.logprobs,
-            prompt_logprobs=prompt_logprobs,
+        return FinishedStep(
+            StepResult(sampled.token_ids.tolist(), sampled.logprobs, prompt_logprobs)
         )
 
-    def _lora_batch(self, batch: StepBatch) -> LoRABatch | None:
+    def _lora_batch(self, batch: StepBatch) -> CpuLoRABatch | None:
         if batch.max_rank == 0:
             return None
         num_rows = int(batch.segment_indptr[-1])
-        return LoRABatch(
+        return CpuLoRABatch(
             pool=self._pool_memory,
             segment_indptr=torch.from_numpy(batch.segment_indptr),
             page_tables=torch.from_numpy(batch.page_tables),
@@ -89,14 +89,29 @@ class ModelRunner:
             shrunk=torch.empty(num_rows, self._most_modules, batch.max_rank),
         )
 
-    def _score_prompt(self, span: PromptLogprobsSpan, hidden: torch.Tensor) -> list[TokenLogprobs]:
-        scores: list[TokenLogprobs] = []
-        for start in range(0, len(span.target_ids), PROMPT_LOGITS_ROWS):
-            target_ids = torch.from_numpy(span.target_ids[start : start + PROMPT_LOGITS_ROWS])
-            row = span.first_row + start
-            logits = self._model.logits(hidden[row : row + len(target_ids)])
-            scores += sampler.prompt_logprobs(logits, target_ids.long(), span.num_logprobs)
-        return scores
+
+def make_kv_caches(
+    pool_memory: torch.Tensor, hf_config: Any, block_size: int, model: Model
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """K and V of each layer as views of the pool, uint8 [num_pages, page_bytes]."""
+    pages = pool_memory.view(model.embedding.dtype)
+    kv = pages.view(-1, *kv_block_shape(hf_config, block_size))
+    return [(kv[:, layer, 0], kv[:, layer, 1]) for layer in range(kv.shape[1])]
+
+
+def score_prompt(
+    model: Model, span: PromptLogprobsSpan, hidden: torch.Tensor
+) -> list[TokenLogprobs]:
+    """What the model says of the prompt tokens that follow the span's rows."""
+    scores: list[TokenLogprobs] = []
+    for start in range(0, len(span.target_ids), PROMPT_LOGITS_ROWS):
+        target_ids = torch.from_numpy(span.target_ids[start : start + PROMPT_LOGITS_ROWS])
+        row = span.first_row + start
+        logits = model.logits(hidden[row : row + len(target_ids)])
+        scores += sampler.prompt_logprobs(
+            logits, target_ids.long().to(logits.device), span.num_logprobs
+        )
+    return scores
 
 
 def wrap_linears(model: Model, spec: BaseModelSpec) -> int:

@@ -106,7 +106,8 @@ class Request:
     """A request inside the core.
 
     Every request has num_tokens and num_computed_tokens, and each step moves the second towards
-    the first.
+    the first. Both count what steps in flight will have done: num_computed_tokens the tokens that
+    they compute, num_tokens the ones that they sample, which follow those in all_token_ids.
     """
 
     __slots__ = (
@@ -115,11 +116,14 @@ class Request:
         "block_hashes",
         "block_table",
         "first_scheduled_time",
+        "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_keyed_blocks",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_scored_tokens",
+        "num_tokens",
         "prompt_logprobs",
         "slot",
         "status",
@@ -134,11 +138,15 @@ class Request:
         self.status = RequestStatus.WAITING
         self.all_token_ids = list(wire.prompt_token_ids)
         self.num_prompt_tokens = len(wire.prompt_token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + wire.max_tokens
+        self.num_tokens = self.num_prompt_tokens
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.first_scheduled_time = 0.0
         self.prompt_logprobs: list[TokenLogprobs] = []
+        # Prompt tokens that launched steps score: prompt_logprobs has them or will have.
+        self.num_scored_tokens = 0
         self.stop_token_ids = frozenset(params.stop_token_ids)
         # The KV manager's: the pages of its tokens, and the keys of its full blocks.
         self.block_table: list[int] = []
@@ -152,11 +160,13 @@ class Request:
         return self.wire.request_id
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.all_token_ids)
+    def num_pending_tokens(self) -> int:
+        """Tokens on their way: sampled by steps whose results are not known yet."""
+        return self.num_tokens - len(self.all_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
+        """Without those on their way."""
         return len(self.all_token_ids) - self.num_prompt_tokens
 
     @property

@@ -66,6 +66,12 @@ class SamplingBatch:
     num_logprobs: Int32Array  # [R], NO_LOGPROBS where none are wanted
     adjustments: LogitAdjustments | None
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a row is chosen by the tokens before it, which the host had to know."""
+        # A row with penalties has its prompt there, and no prompt is empty.
+        return self.adjustments is not None and len(self.adjustments.prompt.rows) > 0
+
     def select(self, rows: Int64Array) -> SamplingBatch:
         """These rows as a batch, without adjustments."""
         return SamplingBatch(
@@ -147,7 +153,8 @@ class SamplingState:
         """The batch for the next tokens of these slots.
 
         slots [R] and num_output_tokens [R] (how many each has so far) are by row; token_ids
-        [max_num_seqs, max_len], num_prompt_tokens and num_tokens [max_num_seqs] are by slot.
+        [max_num_seqs or more, max_len], num_prompt_tokens and num_tokens [max_num_seqs] are by
+        slot. Of token_ids only those of slots with penalties are read.
         """
         adjusted = np.flatnonzero(num_output_tokens < self._adjusted_until[slots])
         adjustments = None

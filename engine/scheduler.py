@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 from loraplex.engine.adapter_manager import Adapter, AdapterManager, Residency
 from loraplex.engine.config import EngineConfig
@@ -78,7 +80,8 @@ class Scheduler:
 
         There is no prefill phase and no decode phase: every request has num_tokens and
         num_computed_tokens, and each step moves the second towards the first. Chunked prefill,
-        prefix hits, decoding and preemption by recompute are all this.
+        prefix hits, decoding and preemption by recompute are all this. A step may be planned
+        before the tokens of the last one are known: that they are on their way is enough.
         """
         self._pool.clock += 1
         self._adapters.finish_copies()
@@ -86,6 +89,10 @@ class Scheduler:
         budget = self._schedule_running(plan)
         self._admit_waiting(plan, budget)
         plan.stopped, self._stopped = self._stopped, []
+        for request, num_new_tokens in plan.num_new_tokens.items():
+            request.num_computed_tokens += num_new_tokens
+            if request.num_computed_tokens == request.num_tokens:
+                request.num_tokens += 1  # the step samples the next one
         return plan
 
     def _schedule_running(self, plan: StepPlan) -> int:
@@ -98,6 +105,8 @@ class Scheduler:
         for request in decodes + prefills:
             if request.status is not RequestStatus.RUNNING or budget == 0:
                 continue
+            if request.num_tokens == request.max_num_tokens:
+                continue  # Its last token is on its way.
             num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
             while not self._kv.grow(request, request.num_computed_tokens + num_new_tokens):
                 # The last admitted goes first, so that the oldest always gets on.
@@ -157,6 +166,8 @@ class Scheduler:
 
     def _admit(self, request: Request, budget: int) -> int:
         """Start or resume a request; returns its tokens for this step, 0 if memory lacks."""
+        if request.num_pending_tokens:
+            return 0  # Just preempted for lack of memory, while a step samples its next token.
         prefix = self._kv.find_prefix(request)
         num_computed_tokens = len(prefix) * self._kv.block_size
         num_new_tokens = min(request.num_tokens - num_computed_tokens, budget)
@@ -188,7 +199,6 @@ class Scheduler:
         self._take_out(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
-        request.num_computed_tokens = 0
         self.num_preemptions += 1
         self._waiting.push_front(request)
 
@@ -205,8 +215,7 @@ class Scheduler:
 
     def _check_fits(self, request: Request, num_adapter_pages: int) -> None:
         """A request must fit the empty pool, alone with its adapter, or it would wait forever."""
-        num_tokens = request.num_prompt_tokens + request.wire.max_tokens
-        num_pages = self._kv.num_blocks_for(num_tokens) + num_adapter_pages
+        num_pages = self._kv.num_blocks_for(request.max_num_tokens) + num_adapter_pages
         if num_pages > self._pool.num_usable:
             raise RequestError(
                 f"prompt ({request.num_prompt_tokens} tokens) plus max_tokens "
@@ -217,20 +226,22 @@ class Scheduler:
 
     # -- after the step --------------------------------------------------------------------
 
-    def update(self, batch: StepBatch, result: StepResult) -> list[EngineOutput]:
-        """Take the step's tokens in; returns what there is to tell."""
-        for request, num_new_tokens in zip(
-            batch.requests, batch.num_new_tokens.tolist(), strict=True
-        ):
-            request.num_computed_tokens += num_new_tokens
+    def update(self, batch: StepBatch, result: StepResult) -> None:
+        """Take the step's tokens in. Later steps may be in flight, and requests may have stopped
+        since this one was launched: a token is dropped if its request is finished, and kept if it
+        was preempted."""
+        for request in batch.requests:
             self._kv.key_computed_blocks(request)
         for span, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
             span.request.prompt_logprobs.extend(logprobs)
+        num_outputs = len(self._outputs)
         logprobs_of = result.logprobs or [None] * len(result.token_ids)
         for index, token_id, token_logprobs in zip(
             batch.sampled.tolist(), result.token_ids, logprobs_of, strict=True
         ):
             request = batch.requests[index]
+            if request.status is RequestStatus.FINISHED:
+                continue
             request.all_token_ids.append(token_id)
             self._waiting.charge(request, 0, 1)
             finish_reason, stop_reason = request.finish_reason_at(token_id)
@@ -242,10 +253,10 @@ class Scheduler:
             if finish_reason is not None:
                 self._take_out(request)
                 self._forget(request)
-        self.num_output_tokens += len(result.token_ids)
-        return self.take_outputs()
+        self.num_output_tokens += len(self._outputs) - num_outputs
 
     def take_outputs(self) -> list[EngineOutput]:
+        """What there is to tell since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -276,8 +287,9 @@ class Scheduler:
         del self._requests[request.request_id]
         self._waiting.leave(request)
 
-    def check_integrity(self) -> None:
-        """Requests, blocks, adapters and pages agree; also every page has one owner."""
+    def check_integrity(self, in_flight: Sequence[StepBatch]) -> None:
+        """Requests, blocks, adapters, pages and the steps in flight agree; also every page has one
+        owner."""
         self._pool.check_integrity()
         self._kv.check_integrity(self._running)
         num_users: dict[Adapter, int] = {}
@@ -290,3 +302,5 @@ class Scheduler:
         assert {r.request_id for r in in_queues} == self._requests.keys()
         assert all(r.status is RequestStatus.RUNNING for r in self._running)
         assert all(not r.block_table for r in self._waiting)
+        num_pending = Counter(b.requests[i] for b in in_flight for i in b.sampled.tolist())
+        assert all(r.num_pending_tokens == num_pending[r] for r in in_queues)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,8 @@ class StepBatch:
     num_new_tokens: Int32Array  # [R]
 
     # Model input.
-    token_ids: Int32Array  # [T]
+    token_ids: Int32Array  # [T], -1 where the token is still on its way
+    token_slots: Int32Array  # [T], there: the slot of its request; -1 where token_ids has it
     positions: Int64Array  # [T]
 
     # Attention.
@@ -63,8 +65,10 @@ class StepBatch:
     page_tables: Int32Array  # [S, most pages of an adapter here]
     max_rank: int
 
-    # Sampling: requests[i] for i in sampled get a token, from the logits of logits_rows.
+    # Sampling: requests[i] for i in sampled get a token, from the logits of logits_rows. The
+    # device keeps the last sampled token of each slot, for the token_slots of later steps.
     sampled: Int64Array  # [L]
+    sampled_slots: Int32Array  # [L], no slot twice
     logits_rows: Int64Array  # [L]
     sampling: SamplingBatch
     prompt_logprobs: list[PromptLogprobsSpan]
@@ -80,3 +84,20 @@ class StepResult:
     """One for each of StepBatch.sampled; None if nobody asked."""
     prompt_logprobs: list[list[TokenLogprobs]]
     """One for each of StepBatch.prompt_logprobs."""
+
+
+class PendingStep(Protocol):
+    """A step that the device was given."""
+
+    def result(self) -> StepResult:
+        """Wait for the step's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A PendingStep that there is nothing to wait for."""
+
+    _result: StepResult
+
+    def result(self) -> StepResult:
+        return self._result

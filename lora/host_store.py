@@ -83,6 +83,7 @@ class HostAdapterStore:
         self._num_loads = self._num_failures = self._num_drops = self._loaded_bytes = 0
         self._load_seconds = 0.0
         self._is_closed = False
+        self._copy_stream: torch.cuda.Stream | None = None
         self._readers = ThreadPoolExecutor(num_threads, "adapter-reader")
         # Apart from the readers, so that what is ready never waits for what is not.
         self._copiers = ThreadPoolExecutor(1, "adapter-copier")
@@ -118,13 +119,19 @@ class HostAdapterStore:
     ) -> Future[None]:
         """Begin to copy an image that is in host memory: its page i goes to memory[pages[i]].
 
-        memory: uint8 [num_pages, page_bytes], on any device. The future ends with the copy.
+        memory: uint8 [num_pages, page_bytes], on any device. The future ends with the copy. On a
+        CUDA device it is ordered behind what the current stream has been given so far, which may
+        still read what was in these pages before.
         """
+        freed = None
+        if memory.is_cuda:
+            freed = torch.cuda.Event()
+            freed.record()
         with self._lock:
             held = self._held[key]
             assert len(pages) == held.image.num_pages
             held.num_copies += 1
-            return self._copiers.submit(self._copy, held, memory, list(pages))
+            return self._copiers.submit(self._copy, held, memory, list(pages), freed)
 
     def stats(self) -> dict[str, float]:
         """Images, reads and their times so far, in bytes and seconds."""
@@ -231,9 +238,23 @@ class HostAdapterStore:
             self._start_reads()
         self._on_change()
 
-    def _copy(self, held: _Held, memory: torch.Tensor, pages: list[int]) -> None:
+    def _copy(
+        self,
+        held: _Held,
+        memory: torch.Tensor,
+        pages: list[int],
+        freed: torch.cuda.Event | None,
+    ) -> None:
         try:
-            _copy_pages(held.image.pages, memory, pages)
+            if freed is None:
+                _copy_pages(held.image.pages, memory, pages)
+            else:
+                if self._copy_stream is None:
+                    self._copy_stream = torch.cuda.Stream(memory.device)
+                with torch.cuda.stream(self._copy_stream):
+                    self._copy_stream.wait_event(freed)
+                    _copy_pages(held.image.pages, memory, pages)
+                    self._copy_stream.synchronize()
         finally:
             with self._lock:
                 held.num_copies -= 1
@@ -252,4 +273,4 @@ def _copy_pages(source: torch.Tensor, memory: torch.Tensor, pages: list[int]) ->
             # of the model's forward pass.
             target.numpy()[:] = source[start:end].numpy()
         else:
-            target.copy_(source[start:end])
+            target.copy_(source[start:end], non_blocking=True)

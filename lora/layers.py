@@ -9,22 +9,81 @@ from typing import Protocol
 
 import torch
 
+from loraplex import native
 from loraplex.lora import ops
+
+Tensor = torch.Tensor
+
+
+class LoRABatch(Protocol):
+    """The adapters of a step: which rows are whose, and how to multiply by them."""
+
+    def shrink(self, x: Tensor, linear: LinearWithLoRA) -> Tensor:
+        """A x of the linear's modules, in a form that only `expand` reads. May still be on its way
+        on the device when this returns."""
+        ...
+
+    def expand(self, y: Tensor, shrunk: Tensor, linear: LinearWithLoRA) -> None:
+        """y += B A x, in place, for rows with an adapter."""
+        ...
 
 
 @dataclass(slots=True)
-class LoRABatch:
-    """The adapters of a step: which rows are whose, and where the adapters are in the pool.
+class CpuLoRABatch:
+    """Rows of one adapter are a segment; rows behind the last segment are of the base model."""
 
-    Rows of one adapter are a segment; rows behind the last segment are of the base model.
-    """
-
-    pool: torch.Tensor  # uint8 [num_pages, page_bytes]
-    segment_indptr: torch.Tensor  # int32 [num_segments + 1]
-    page_tables: torch.Tensor  # int32 [num_segments, max_pages]
+    pool: Tensor  # uint8 [num_pages, page_bytes]
+    segment_indptr: Tensor  # int32 [num_segments + 1]
+    page_tables: Tensor  # int32 [num_segments, max_pages]
     num_modules: int
     """Modules per layer that an adapter may target, as in the images' headers."""
-    shrunk: torch.Tensor  # float32 [num_tokens, most modules of a linear, max_rank], scratch
+    shrunk: Tensor  # float32 [num_tokens, most modules of a linear, max_rank], scratch
+
+    def shrink(self, x: Tensor, linear: LinearWithLoRA) -> Tensor:
+        shrunk = self.shrunk[:, : len(linear.modules)]
+        adapters = self.pool, self.segment_indptr, self.page_tables
+        ops.shrink(shrunk, x, *adapters, linear.layer, linear.modules, self.num_modules)
+        return shrunk
+
+    def expand(self, y: Tensor, shrunk: Tensor, linear: LinearWithLoRA) -> None:
+        adapters = self.pool, self.segment_indptr, self.page_tables
+        ops.expand(
+            y, shrunk, *adapters, linear.layer, linear.modules, self.num_modules, linear.offsets
+        )
+
+
+@dataclass(slots=True)
+class CudaLoRABatch:
+    """The items of a step are on the device (see lora/plan.py), so that a graph serves any step."""
+
+    pool: Tensor  # uint8 [num_pages, page_bytes]
+    items: Tensor  # int32 [max_items, 4]
+    num_items: Tensor  # int32 [1]
+    pages: Tensor  # int32 [max_pages], of all items' adapters
+    num_modules: int
+    shrunk: Tensor  # float32 [num_tokens * most modules of a linear, SPLITS * max_rank], scratch
+    side_stream: torch.cuda.Stream
+    """Where shrink runs, beside the base model's product."""
+
+    def shrink(self, x: Tensor, linear: LinearWithLoRA) -> Tensor:
+        num_tokens, group_size = x.shape[0], len(linear.modules)
+        row_size = self.shrunk.shape[1]
+        shrunk = self.shrunk.view(-1)[: num_tokens * group_size * row_size]
+        shrunk = shrunk.view(num_tokens, group_size, row_size)
+        self.side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side_stream):
+            native.cuda_lora_shrink(
+                shrunk, x, self.pool, self.items, self.num_items, self.pages, linear.layer,
+                linear.modules, self.num_modules,
+            )  # fmt: skip
+        return shrunk
+
+    def expand(self, y: Tensor, shrunk: Tensor, linear: LinearWithLoRA) -> None:
+        torch.cuda.current_stream().wait_stream(self.side_stream)
+        native.cuda_lora_expand(
+            y, shrunk, self.pool, self.items, self.num_items, self.pages, linear.layer,
+            linear.modules, self.num_modules, linear.offsets,
+        )  # fmt: skip
 
 
 class BatchWithLoRA(Protocol):
@@ -34,7 +93,7 @@ class BatchWithLoRA(Protocol):
 
 
 class BaseLinear(Protocol):
-    def __call__(self, x: torch.Tensor, batch: BatchWithLoRA) -> torch.Tensor: ...
+    def __call__(self, x: Tensor, batch: BatchWithLoRA) -> Tensor: ...
 
 
 class LinearWithLoRA:
@@ -52,14 +111,11 @@ class LinearWithLoRA:
         self.modules = list(modules)
         self.offsets = [0, *accumulate(out_features)]
 
-    def __call__(self, x: torch.Tensor, batch: BatchWithLoRA) -> torch.Tensor:
+    def __call__(self, x: Tensor, batch: BatchWithLoRA) -> Tensor:
+        lora = batch.lora
+        if lora is None:
+            return self.base(x, batch)
+        shrunk = lora.shrink(x, self)
         y = self.base(x, batch)
-        if batch.lora is not None:
-            self._add_adapters(y, x, batch.lora)
+        lora.expand(y, shrunk, self)
         return y
-
-    def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, lora: LoRABatch) -> None:
-        shrunk = lora.shrunk[:, : len(self.modules)]
-        adapters = lora.pool, lora.segment_indptr, lora.page_tables
-        ops.shrink(shrunk, x, *adapters, self.layer, self.modules, lora.num_modules)
-        ops.expand(y, shrunk, *adapters, self.layer, self.modules, lora.num_modules, self.offsets)

@@ -12,7 +12,7 @@ wheel, site = sys.argv[1:]
 names = zipfile.ZipFile(wheel).namelist()
 strangers = [n for n in names if not n.startswith(("loraplex/", "loraplex-"))]
 assert not strangers, f"the wheel holds files outside the package: {strangers}"
-for needed in ("loraplex/__init__.py", "loraplex/py.typed", "loraplex/native/loraplex_cpu.so"):
+for needed in ("loraplex/__init__.py", "loraplex/py.typed", "loraplex/native/loraplex_native.so"):
     assert needed in names, f"the wheel lacks {needed}"
 modules = [
     n.removesuffix(".py").removesuffix("/__init__").replace("/", ".")

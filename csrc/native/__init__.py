@@ -32,7 +32,7 @@ def _share_openmp_runtime() -> str:
 
 
 def _load_library() -> Any:
-    library = tvm_ffi.load_module(str(files("loraplex.native") / "loraplex_cpu.so"))
+    library = tvm_ffi.load_module(str(files("loraplex.native") / "loraplex_native.so"))
     isa = os.environ.get("LORAPLEX_CPU_ISA")
     if isa is not None:
         try:
@@ -47,6 +47,8 @@ _library = _load_library()
 
 Tensor = torch.Tensor
 
+has_cuda: Callable[[], bool] = _library.has_cuda
+"""Whether this build has CUDA kernels."""
 get_cpu_isa: Callable[[], str] = _library.get_cpu_isa
 """The instruction set in use: portable, avx2, avx512 or avx512bf16."""
 supported_cpu_isas: Callable[[], list[str]] = _library.supported_cpu_isas
@@ -76,3 +78,14 @@ lora_expand: Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int, Sequence[int]], None
 ] = _library.lora_expand
 """(y, v, pool, segment_indptr, page_tables, layer, modules, num_modules, offsets)"""
+
+if has_cuda():
+    cuda_lora_shrink: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int], None
+    ] = _library.cuda_lora_shrink
+    """(v, x, pool, items, num_items, pages, layer, modules, num_modules)"""
+    cuda_lora_expand: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int, Sequence[int]],
+        None,
+    ] = _library.cuda_lora_expand
+    """(y, v, pool, items, num_items, pages, layer, modules, num_modules, offsets)"""

@@ -69,7 +69,8 @@ class Linear:
 
         Up to three times the speed of F.linear at few rows, where F.linear lays out anew each call.
         """
-        if not torch.backends.mkldnn.is_available() or self.weight.dtype != torch.bfloat16:
+        is_served = self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16
+        if not (is_served and torch.backends.mkldnn.is_available()):
             return
         self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKING_ROWS)
         self._multiply = self._multiply_packed
@@ -99,5 +100,6 @@ def rope_cos_sin_cache(config: Any, max_model_len: int) -> torch.Tensor:
             f"rope_type={rope_type!r} of this model is not supported: "
             "it must be one of default, linear, llama3, yarn"
         )
-    angles = torch.outer(torch.arange(max_model_len).float(), inv_freq.float())
+    positions = torch.arange(max_model_len).float()
+    angles = torch.outer(positions, inv_freq.to(positions))
     return torch.cat([angles.cos() * scaling, angles.sin() * scaling], dim=-1)

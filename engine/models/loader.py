@@ -62,8 +62,10 @@ def load_weights(model: LoadableModel, path: Path) -> None:
 
 def fill_dummy_weights(model: LoadableModel, seed: int) -> None:
     """Random weights of a size that keeps activations finite, for benchmarks."""
-    generator = torch.Generator().manual_seed(seed)
+    generator: torch.Generator | None = None
     for name, place in model.named_weights():
+        if generator is None:
+            generator = torch.Generator(place.device).manual_seed(seed)
         if place.dim() == 1 and name.endswith("norm.weight"):
             place.fill_(1.0)
         else:

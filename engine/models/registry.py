@@ -31,10 +31,16 @@ def model_class(hf_config: Any) -> type[Model]:
 
 
 def build_model(
-    config: EngineConfig, path: Path, hf_config: Any, dtype: torch.dtype, max_model_len: int
+    config: EngineConfig,
+    path: Path,
+    hf_config: Any,
+    dtype: torch.dtype,
+    max_model_len: int,
+    device: torch.device,
 ) -> Model:
-    """The model with its weights, on the CPU."""
-    model = model_class(hf_config)(hf_config, dtype, max_model_len)
+    """The model with its weights, on a device."""
+    with device:
+        model = model_class(hf_config)(hf_config, dtype, max_model_len)
     if config.load_format == "dummy":
         fill_dummy_weights(model, config.seed)
     else:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_shapes import make_shape
 
 from loraplex import native
 from loraplex.attention.backend import get_backend
@@ -68,12 +69,12 @@ class Batch:
             cache[index] = torch.randn(len(slots), num_kv_heads, head_dim).to(cache.dtype)
 
     def run(self, q: torch.Tensor | None = None) -> torch.Tensor:
-        backend = get_backend("native", scale=self.scale, block_size=self.block_size)
+        backend = get_backend("native", make_shape(self.scale, self.block_size))
         q = self.q if q is None else q
         return backend.plan(self.metadata).run(q, self.k_cache, self.v_cache)
 
     def exact(self) -> torch.Tensor:
-        backend = get_backend("reference", scale=self.scale, block_size=self.block_size)
+        backend = get_backend("reference", make_shape(self.scale, self.block_size))
         caches = self.k_cache.double(), self.v_cache.double()
         return backend.plan(self.metadata).run(self.q.double(), *caches)
 
@@ -103,7 +104,7 @@ class Batch:
 
     def run_part(self, request: int, queries: slice = slice(None)) -> torch.Tensor:
         metadata, q = self.part(request, queries)
-        backend = get_backend("native", scale=self.scale, block_size=self.block_size)
+        backend = get_backend("native", make_shape(self.scale, self.block_size))
         return backend.plan(metadata).run(q, self.k_cache, self.v_cache)
 
 
@@ -198,9 +199,9 @@ def test_strides_of_q(isa: str) -> None:
 def test_write_kv(isa: str, dtype: torch.dtype, head_dim: int) -> None:
     batch = Batch(MIXED, dtype, head_dim=head_dim)
     expected = [cache.clone() for cache in (batch.k_cache, batch.v_cache)]
-    arguments = {"scale": 1.0, "block_size": batch.block_size}
-    get_backend("reference", **arguments).plan(batch.metadata).write_kv(batch.k, batch.v, *expected)
-    get_backend("native", **arguments).plan(batch.metadata).write_kv(
+    shape = make_shape(1.0, batch.block_size)
+    get_backend("reference", shape).plan(batch.metadata).write_kv(batch.k, batch.v, *expected)
+    get_backend("native", shape).plan(batch.metadata).write_kv(
         batch.k, batch.v, batch.k_cache, batch.v_cache
     )
     for cache, want in zip((batch.k_cache, batch.v_cache), expected, strict=True):
@@ -209,7 +210,7 @@ def test_write_kv(isa: str, dtype: torch.dtype, head_dim: int) -> None:
 
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="attention_backend='fast' is not allowed.*'native'"):
-        get_backend("fast", scale=1.0, block_size=16)
+        get_backend("fast", make_shape(1.0, 16))
 
 
 class TestErrors:

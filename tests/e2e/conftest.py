@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from synthetic_adapters import write_adapter
 from transformers import AutoTokenizer
 
+from loraplex.benchmarks.synthetic_adapters import write_adapter
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.models.locate import locate_model
 from loraplex.engine.models.registry import lora_spec

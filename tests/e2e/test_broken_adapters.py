@@ -9,9 +9,9 @@ from pathlib import Path
 import openai
 import pytest
 from real_server import serving
-from synthetic_adapters import adapter_tensors, write_adapter
 
 from loraplex import LLM, EngineConfig, LoRARequest, SamplingParams
+from loraplex.benchmarks.synthetic_adapters import adapter_tensors, write_adapter
 from loraplex.engine.models.registry import lora_spec
 from loraplex.lora.spec import BaseModelSpec
 

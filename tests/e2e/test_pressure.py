@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 import pytest
-from synthetic_adapters import write_adapter
 
 from loraplex import LLM, EngineConfig, LoRARequest, SamplingParams
+from loraplex.benchmarks.synthetic_adapters import write_adapter
 from loraplex.engine.models.registry import lora_spec
 
 MAX_MODEL_LEN = 112

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 from real_server import serving
-from synthetic_adapters import write_adapter
 
 from loraplex import LLM, EngineConfig, LoRARequest, SamplingParams
+from loraplex.benchmarks.synthetic_adapters import write_adapter
 from loraplex.engine.models.registry import lora_spec
 
 MODEL = EngineConfig().model

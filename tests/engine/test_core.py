@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from fake_device import expected_tokens, fake_core, make_request, run_to_end, tokens_of
+from fake_device import (
+    EOS_TOKEN_ID,
+    expected_tokens,
+    fake_core,
+    make_request,
+    run_to_end,
+    tokens_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.engine.request import EngineRequest, FinishReason, RequestError
+from loraplex.engine.request import EngineOutput, EngineRequest, FinishReason, RequestError
 
 
 def run_all(core, requests: list[EngineRequest]):
@@ -145,36 +152,58 @@ def test_a_hot_adapter_does_not_starve_others():
     assert sorted(finished) == sorted(r.request_id for r in hot + cold)
 
 
+KINDS_OF_SAMPLING = {
+    "greedy": {},
+    "random": {"temperature": 1.0},
+    "min_tokens": {"min_tokens": 3},
+    "penalties": {"presence_penalty": 0.5},
+    "prompt_logprobs": {"prompt_logprobs": 0},
+}
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_any_workload_ends_with_the_right_tokens(data):
+def test_any_workload_ends_with_the_right_tokens(data, steps_ahead: int):
     block_size = data.draw(st.sampled_from([1, 3, 4]), "block_size")
     max_model_len = 24
     num_blocks = -(-max_model_len // block_size)
     core = fake_core(
-        num_pages=data.draw(st.integers(num_blocks + 6, num_blocks + 40), "num_pages"),
+        num_pages=data.draw(st.integers(num_blocks + 4, num_blocks + 24), "num_pages"),
         max_model_len=max_model_len,
         block_size=block_size,
+        steps_ahead=steps_ahead,
         max_num_seqs=data.draw(st.integers(1, 6), "max_num_seqs"),
         max_num_batched_tokens=data.draw(st.integers(6, 20), "max_num_batched_tokens"),
         enable_prefix_caching=data.draw(st.booleans(), "enable_prefix_caching"),
         adapter_affinity_tokens=data.draw(st.sampled_from([0, 5, 100]), "affinity"),
     )
-    requests: dict[str, EngineRequest] = {}
-    aborted: set[str] = set()
-    outputs: dict[str, list] = {}
-    for i in range(data.draw(st.integers(1, 12), "num_requests")):
+    # Ids are used again after an abort: each id has had these requests, one after the other.
+    requests: dict[str, list[EngineRequest]] = {}
+    outputs: dict[str, list[EngineOutput]] = {}
+
+    def add(request_id: str) -> None:
         prompt_len = data.draw(st.integers(1, 14))
+        max_tokens = data.draw(st.integers(1, max_model_len - prompt_len))
+        sampling = dict(KINDS_OF_SAMPLING[data.draw(st.sampled_from(sorted(KINDS_OF_SAMPLING)))])
+        if "min_tokens" in sampling:
+            sampling["min_tokens"] = min(sampling["min_tokens"], max_tokens)
         request = make_request(
-            f"r{i}",
+            request_id,
             [data.draw(st.integers(0, 1))] * prompt_len,
-            max_tokens=data.draw(st.integers(1, max_model_len - prompt_len)),
+            max_tokens,
             adapter=data.draw(st.sampled_from([None, "a", "b", "c"])),
-            num_adapter_pages=data.draw(st.just(3)),
+            num_adapter_pages=3,
             tenant=data.draw(st.sampled_from(["", "t"])),
+            eos_token_ids=data.draw(st.sampled_from([(EOS_TOKEN_ID,), range(0, EOS_TOKEN_ID, 8)])),
+            **sampling,
         )
-        requests[request.request_id] = request
         core.add_request(request)
+        requests.setdefault(request_id, []).append(request)
+
+    aborted: list[EngineRequest] = []
+    for i in range(data.draw(st.integers(1, 12), "num_requests")):
+        add(f"r{i}")
         for _ in range(data.draw(st.integers(0, 3))):
             for output in core.step():
                 outputs.setdefault(output.request_id, []).append(output)
@@ -183,14 +212,38 @@ def test_any_workload_ends_with_the_right_tokens(data):
                 core._device.adapter_store.finish_copies()
         if data.draw(st.integers(0, 5)) == 0:
             victim = data.draw(st.sampled_from(sorted(requests)))
-            aborted.add(victim)
+            aborted.append(requests[victim][-1])
             core.abort_requests([victim])
+            if data.draw(st.booleans()):
+                add(victim)
     for request_id, more in run_to_end(core).items():
         outputs.setdefault(request_id, []).extend(more)
-    for request_id, request in requests.items():
-        tokens = tokens_of(outputs[request_id])
-        if request_id in aborted:
-            assert tokens == expected_tokens(request)[: len(tokens)]
-        else:
-            assert tokens == expected_tokens(request)
-    core.check_integrity()
+    for request_id, in_turn in requests.items():
+        for request, part in zip(in_turn, split_at_ends(outputs[request_id]), strict=True):
+            assert_right(request, part, is_aborted=request in aborted)
+    everything = [output for parts in outputs.values() for output in parts]
+    assert core.stats()["output_tokens"] == len(tokens_of(everything))
+
+
+def split_at_ends(outputs: list[EngineOutput]) -> list[list[EngineOutput]]:
+    parts: list[list[EngineOutput]] = [[]]
+    for output in outputs:
+        parts[-1].append(output)
+        if output.finish_reason is not None:
+            parts.append([])
+    assert parts.pop() == [], "the last output tells the end"
+    return parts
+
+
+def assert_right(request: EngineRequest, outputs: list[EngineOutput], is_aborted: bool) -> None:
+    tokens, expected = tokens_of(outputs), expected_tokens(request)
+    if outputs[-1].finish_reason == FinishReason.ABORT:
+        assert is_aborted
+        assert tokens == expected[: len(tokens)]
+        return
+    assert tokens == expected
+    is_stopped = tokens[-1] in request.eos_token_ids
+    assert outputs[-1].finish_reason == (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
+    if request.sampling_params.prompt_logprobs is not None:
+        scored = [entry.token_ids[0] for entry in outputs[0].prompt_logprobs]
+        assert scored == request.prompt_token_ids[1:]

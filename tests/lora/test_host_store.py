@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from synthetic_adapters import llama_spec, write_adapter
 
+from loraplex.benchmarks.synthetic_adapters import llama_spec, write_adapter
 from loraplex.lora import host_store
 from loraplex.lora.host_store import HostAdapterStore
 from loraplex.lora.image import AdapterImage, pack_image

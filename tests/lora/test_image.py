@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_adapters import llama_spec
 
+from loraplex.benchmarks.synthetic_adapters import llama_spec
 from loraplex.lora import ops
 from loraplex.lora.image import (
     AdapterImage,

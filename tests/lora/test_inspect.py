@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from synthetic_adapters import llama_spec, write_adapter
 
+from loraplex.benchmarks.synthetic_adapters import llama_spec, write_adapter
 from loraplex.lora.image import pack_image
 from loraplex.lora.inspect import inspect_adapter
 from loraplex.lora.loader import load_adapter

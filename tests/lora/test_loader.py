@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic_adapters import adapter_tensors, llama_spec, write_adapter
 
+from loraplex.benchmarks.synthetic_adapters import adapter_tensors, llama_spec, write_adapter
 from loraplex.lora import loader
 from loraplex.lora.loader import load_adapter
 from loraplex.lora.spec import AdapterError

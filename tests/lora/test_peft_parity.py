@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from synthetic_adapters import llama_spec
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from loraplex.benchmarks.synthetic_adapters import llama_spec
 from loraplex.lora.image import pack_image, unpack_image
 from loraplex.lora.loader import load_adapter
 

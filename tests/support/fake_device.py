@@ -1,42 +1,73 @@
 """A device half without a model: it remembers what was written to every KV slot and adapter page,
 and its next token is a hash of what it reads back. Whoever mixes up blocks, adapters or positions
-gets other tokens than `expected_tokens`."""
+gets other tokens than `expected_tokens`.
+
+Like a GPU, it does its work in order and late: a launched step is computed when its result, or
+that of a later step, is waited for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import EngineOutput, EngineRequest, LoRARequest, ModelInfo
+from loraplex.engine.request import (
+    EngineOutput,
+    EngineRequest,
+    LoRARequest,
+    ModelInfo,
+    TokenLogprobs,
+)
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.engine.step import StepBatch, StepResult
+from loraplex.engine.sampling_state import TokensOfRows, generator_state, uniform
+from loraplex.engine.step import PromptLogprobsSpan, StepBatch, StepResult
 
 VOCAB_SIZE = 1000
 EOS_TOKEN_ID = VOCAB_SIZE - 1
 
 
-def next_token(adapter: str, token_ids: Sequence[int]) -> int:
-    text = f"{adapter}:{','.join(map(str, token_ids))}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) % EOS_TOKEN_ID
+def next_token(
+    adapter: str,
+    token_ids: Sequence[int],
+    random_number: float | None = None,
+    forbidden: Collection[int] = (),
+) -> int:
+    text = f"{adapter}:{','.join(map(str, token_ids))}:{random_number}"
+    token_id = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) % EOS_TOKEN_ID
+    while token_id in forbidden:
+        token_id = (token_id + 1) % VOCAB_SIZE
+    return token_id
 
 
 def expected_tokens(request: EngineRequest) -> list[int]:
     """The output of a request that is run alone, by the definition of the fake model."""
     adapter = request.lora_request.lora_name if request.lora_request else ""
-    token_ids = list(request.prompt_token_ids)
-    for _ in range(request.max_tokens):
-        token_ids.append(next_token(adapter, token_ids))
-    return token_ids[len(request.prompt_token_ids) :]
+    params, output = request.sampling_params, list[int]()
+    while len(output) < request.max_tokens:
+        random_number = None
+        if not params.is_greedy:
+            position = np.array([len(output)], np.int32)
+            random_number = float(uniform(generator_state(request.seed), position)[0])
+        forbidden = request.eos_token_ids if len(output) < params.min_tokens else []
+        token_ids = request.prompt_token_ids + output
+        output.append(next_token(adapter, token_ids, random_number, forbidden))
+        if output[-1] in request.eos_token_ids and len(output) >= params.min_tokens:
+            break
+    return output
 
 
 class FakeStore:
-    """An adapter of path "pages=N" has N pages; "fail" fails. Loads take `num_polls` polls, and a
-    copy is done when the device is asked for the next step but one."""
+    """An adapter of path "pages=N" has N pages; "fail" fails. Loads take `num_polls` polls, and
+    copies wait until `finish_copies`, and for the steps launched before them."""
 
     def __init__(self, num_polls: int = 2) -> None:
+        self.finish_steps: Callable[[], None] = lambda: None
         self.page_contents: dict[int, tuple[str, int]] = {}
         self.paths: dict[bytes, str] = {}
         self.polls: dict[bytes, int] = {}
@@ -65,30 +96,90 @@ class FakeStore:
         return path
 
     def finish_copies(self) -> None:
+        if self.copies:
+            self.finish_steps()
         for future, contents in self.copies:
             self.page_contents.update(contents)
             future.set_result(None)
         self.copies.clear()
 
 
-class FakeRunner:
-    def __init__(self, store: FakeStore, block_size: int) -> None:
-        self.store = store
-        self.block_size = block_size
-        self.slots: dict[int, tuple[str, int, int]] = {}
-        self.batches: list[int] = []
+class FakeStep:
+    """A launched step: computed when it must be, its result asked for once."""
 
-    def execute(self, batch: StepBatch) -> StepResult:
+    def __init__(self, runner: FakeRunner, batch: StepBatch) -> None:
+        self.runner = runner
+        self.batch = batch
+        self.computed: StepResult | None = None
+
+    def result(self) -> StepResult:
+        while self.computed is None:
+            self.runner.compute_oldest()
+        assert self.runner.in_flight.popleft() is self, "results are taken in order"
+        return self.computed
+
+
+class FakeRunner:
+    def __init__(self, store: FakeStore, block_size: int, steps_ahead: int) -> None:
+        self.store = store
+        store.finish_steps = self.compute_all
+        self.block_size = block_size
+        self.steps_ahead = steps_ahead
+        self.slots: dict[int, tuple[str, int, int]] = {}
+        self.last_token: dict[int, int] = {}
+        self.batches: list[int] = []
+        self.waiting: deque[FakeStep] = deque()
+        """Launched and not computed."""
+        self.in_flight: deque[FakeStep] = deque()
+        """Launched, and the result not taken."""
+
+    def launch(self, batch: StepBatch) -> FakeStep:
         self.batches.append(len(batch.token_ids))
+        assert len(self.in_flight) <= self.steps_ahead
+        step = FakeStep(self, batch)
+        self.waiting.append(step)
+        self.in_flight.append(step)
+        return step
+
+    def compute_oldest(self) -> None:
+        step = self.waiting.popleft()
+        step.computed = self._compute(step.batch)
+
+    def compute_all(self) -> None:
+        while self.waiting:
+            self.compute_oldest()
+
+    def _compute(self, batch: StepBatch) -> StepResult:
         adapters = self._adapter_of_rows(batch)
+        token_ids = [
+            token_id if slot < 0 else self.last_token[slot]
+            for token_id, slot in zip(
+                batch.token_ids.tolist(), batch.token_slots.tolist(), strict=True
+            )
+        ]
         for row, slot in enumerate(batch.slot_mapping.tolist()):
             assert slot >= self.block_size, "nobody writes to the scratch page"
-            position, token_id = int(batch.positions[row]), int(batch.token_ids[row])
-            self.slots[slot] = adapters[row], position, token_id
-        tokens = []
-        for index, row in zip(batch.sampled.tolist(), batch.logits_rows.tolist(), strict=True):
-            tokens.append(next_token(adapters[row], self._read_back(batch, index, adapters[row])))
-        return StepResult(token_ids=tokens, logprobs=None, prompt_logprobs=[])
+            self.store.page_contents.pop(slot // self.block_size, None)
+            self.slots[slot] = adapters[row], int(batch.positions[row]), token_ids[row]
+        tokens = [self._sample(batch, i, adapters) for i in range(len(batch.sampled))]
+        self.last_token.update(zip(batch.sampled_slots.tolist(), tokens, strict=True))
+        return StepResult(tokens, None, [self._score(span) for span in batch.prompt_logprobs])
+
+    def _sample(self, batch: StepBatch, index: int, adapters: list[str]) -> int:
+        sampling, adjustments, forbidden = batch.sampling, batch.sampling.adjustments, list[int]()
+        adapter = adapters[int(batch.logits_rows[index])]
+        token_ids = self._read_back(batch, int(batch.sampled[index]), adapter)
+        if adjustments is not None and index in adjustments.rows:
+            row = int(np.searchsorted(adjustments.rows, index))
+            forbidden = tokens_of_row(adjustments.forbidden, row)
+            if prompt := tokens_of_row(adjustments.prompt, row):
+                assert prompt + tokens_of_row(adjustments.output, row) == token_ids
+        is_greedy = sampling.temperature[index] == 0
+        random_number = None if is_greedy else float(sampling.uniform[index])
+        return next_token(adapter, token_ids, random_number, forbidden)
+
+    def _score(self, span: PromptLogprobsSpan) -> list[TokenLogprobs]:
+        return [TokenLogprobs([token_id], [0.0], [1]) for token_id in span.target_ids.tolist()]
 
     def _adapter_of_rows(self, batch: StepBatch) -> list[str]:
         adapters = [""] * len(batch.token_ids)
@@ -112,13 +203,20 @@ class FakeRunner:
         return token_ids
 
 
+def tokens_of_row(tokens: TokensOfRows, row: int) -> list[int]:
+    return tokens.token_ids[tokens.rows == row].tolist()
+
+
 class FakeDevice:
     page_bytes = 1024
 
-    def __init__(self, num_pages: int, max_model_len: int, block_size: int) -> None:
+    def __init__(
+        self, num_pages: int, max_model_len: int, block_size: int, steps_ahead: int
+    ) -> None:
         self.num_pages = num_pages
+        self.steps_ahead = steps_ahead
         self.adapter_store = FakeStore()
-        self.runner = FakeRunner(self.adapter_store, block_size)
+        self.runner = FakeRunner(self.adapter_store, block_size, steps_ahead)
         self.model_info = ModelInfo(
             model_name="fake",
             tokenizer_path="",
@@ -132,7 +230,11 @@ class FakeDevice:
 
 
 def fake_core(
-    num_pages: int, max_model_len: int = 64, block_size: int = 4, **options: object
+    num_pages: int,
+    max_model_len: int = 64,
+    block_size: int = 4,
+    steps_ahead: int = 0,
+    **options: object,
 ) -> EngineCore:
     """An EngineCore on a FakeDevice, which is its `_device`."""
     config = EngineConfig.from_options(
@@ -141,7 +243,7 @@ def fake_core(
     )
 
     def build(config: EngineConfig, wake: Callable[[], None]) -> FakeDevice:
-        return FakeDevice(num_pages, max_model_len, config.block_size)
+        return FakeDevice(num_pages, max_model_len, config.block_size, steps_ahead)
 
     return EngineCore(config, build)
 
@@ -153,25 +255,32 @@ def make_request(
     adapter: str | None = None,
     num_adapter_pages: int = 2,
     tenant: str = "",
+    eos_token_ids: Sequence[int] = (EOS_TOKEN_ID,),
+    **params: Any,
 ) -> EngineRequest:
+    """Greedy, if `params`, which are SamplingParams', do not say otherwise."""
     path = f"{adapter}:pages={num_adapter_pages}"
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=list(prompt_token_ids),
-        sampling_params=SamplingParams(temperature=0, max_tokens=max_tokens),
+        sampling_params=SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, **params}),
         max_tokens=max_tokens,
-        eos_token_ids=[EOS_TOKEN_ID],
-        seed=0,
+        eos_token_ids=list(eos_token_ids),
+        seed=len(request_id),
         lora_request=None if adapter is None else LoRARequest(adapter, path),
         tenant=tenant,
     )
 
 
 def run_to_end(core: EngineCore, max_steps: int = 10_000) -> dict[str, list[EngineOutput]]:
-    """Step until nothing is left, checking integrity after each; outputs by request."""
+    """Step until nothing is left, checking integrity after each; outputs by request. At the end
+    nothing is in flight, and no memory in use."""
     outputs: dict[str, list[EngineOutput]] = {}
     for _ in range(max_steps):
         if not core.has_unfinished_requests():
+            assert not core._device.runner.in_flight
+            stats = core.stats()
+            assert stats["pages_kv"] == stats["num_running"] == stats["num_waiting"] == 0
             return outputs
         for output in core.step():
             outputs.setdefault(output.request_id, []).append(output)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_shapes import make_shape
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as Reference
@@ -69,7 +70,7 @@ def write_model(path: Path, max_shard_size: str = "5GB", **shape) -> Reference:
 def load(path: Path):
     hf_config = read_model_config(path)
     dtype = resolve_dtype("auto", hf_config)
-    return build_model(EngineConfig(), path, hf_config, dtype, 128), hf_config
+    return build_model(EngineConfig(), path, hf_config, dtype, 128, torch.device("cpu")), hf_config
 
 
 @torch.inference_mode()
@@ -78,7 +79,7 @@ def forward_in_chunks(model, hf_config, token_ids: torch.Tensor) -> torch.Tensor
     pool = torch.full((40, *kv_block_shape(hf_config, BLOCK_SIZE)), float("nan"))
     caches = [(pool[:, i, 0], pool[:, i, 1]) for i in range(pool.shape[1])]
     table = torch.randperm(39)[: -(-len(token_ids) // BLOCK_SIZE)].int() + 1
-    backend = get_backend("native", scale=head_dim(hf_config) ** -0.5, block_size=BLOCK_SIZE)
+    backend = get_backend("native", make_shape(head_dim(hf_config) ** -0.5, BLOCK_SIZE))
     hidden = []
     for start, end in ((0, 17), (17, 18), (18, len(token_ids))):
         positions = torch.arange(start, end)
@@ -186,7 +187,14 @@ def test_what_adapters_may_target(one_shard):
 def test_dummy_weights_need_no_checkpoint(one_shard):
     (one_shard / "model.safetensors").unlink()
     hf_config = read_model_config(one_shard)
-    model = build_model(EngineConfig(load_format="dummy"), one_shard, hf_config, torch.float32, 128)
+    model = build_model(
+        EngineConfig(load_format="dummy"),
+        one_shard,
+        hf_config,
+        torch.float32,
+        128,
+        torch.device("cpu"),
+    )
     logits = forward_in_chunks(model, hf_config, torch.arange(40))
     assert logits.isfinite().all()
     assert logits.std() > 0

@@ -1,0 +1,92 @@
+// The binding of what only CUDA has: LoRA products planned on the host, whose plan is on the
+// device.
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/tvm_ffi.h>
+
+#include "../arguments.h"
+#include "kernels.h"
+
+namespace loraplex {
+namespace {
+
+using tvm::ffi::Array;
+
+struct CudaLoraCall {
+  const char* function;
+  DLDevice device;
+  cuda::LoraParams params{};
+
+  CudaLoraCall(const char* function, TensorView v, TensorView activations, const char* name,
+               TensorView pool, TensorView items, TensorView num_items, TensorView pages,
+               int64_t layer, const Array<int64_t>& modules, int64_t num_modules)
+      : function(function), device(v.device()) {
+    const Argument rows{function, name, activations}, sums{function, "v", v};
+    const Argument memory{function, "pool", pool}, list{function, "items", items};
+    const Argument count{function, "num_items", num_items}, table{function, "pages", pages};
+    require_cuda({rows, sums, memory, list, count, table});
+    params.dtype = rows.has_shape({kAny, kAny}).has_dense_rows().float_type();
+    LORAPLEX_REQUIRE(reinterpret_cast<uintptr_t>(activations.data_ptr()) % 16 == 0 &&
+                     activations.stride(0) % 8 == 0)
+        << function << ": rows of " << name << " must begin at multiples of 8 elements";
+    params.activations = activations.data_ptr();
+    params.activation_stride = activations.stride(0);
+    params.num_columns = activations.size(1);
+    params.group_size = modules.size();
+    LORAPLEX_REQUIRE(params.group_size <= cuda::kMaxGroup)
+        << function << ": modules are " << params.group_size << ", allowed are " << cuda::kMaxGroup;
+    sums.has_type(kFloat32).has_shape({kAny, params.group_size, kAny}).is_contiguous();
+    LORAPLEX_REQUIRE(v.size(2) % cuda::kMaxSplits == 0)
+        << function << ": v must have " << cuda::kMaxSplits << " parts of max_rank, got "
+        << v.size(2);
+    params.v = static_cast<float*>(v.data_ptr());
+    params.v_token_stride = v.stride(0);
+    params.max_rank = v.size(2) / cuda::kMaxSplits;
+    memory.has_type(kUint8).has_shape({kAny, kAny}).is_contiguous();
+    params.pool = memory.data<uint8_t>();
+    params.page_bytes = pool.size(1);
+    params.items = list.has_type(kInt32).has_shape({kAny, 4}).is_contiguous().data<int32_t>();
+    params.num_items = count.has_type(kInt32).has_shape({1}).data<int32_t>();
+    params.pages = table.has_type(kInt32).has_shape({kAny}).is_contiguous().data<int32_t>();
+    params.layer = layer;
+    params.num_modules = num_modules;
+    for (int i = 0; i < params.group_size; ++i) params.modules[i] = modules[i];
+  }
+
+  void run(const char* (*kernel)(const cuda::LoraParams&, void*)) {
+    const char* error = kernel(params, TVMFFIEnvGetStream(device.device_type, device.device_id));
+    if (error != nullptr) TVM_FFI_THROW(RuntimeError) << function << ": " << error;
+  }
+};
+
+void cuda_lora_shrink(TensorView v, TensorView x, TensorView pool, TensorView items,
+                      TensorView num_items, TensorView pages, int64_t layer, Array<int64_t> modules,
+                      int64_t num_modules) {
+  CudaLoraCall call("cuda_lora_shrink", v, x, "x", pool, items, num_items, pages, layer, modules,
+                    num_modules);
+  LORAPLEX_REQUIRE(x.size(1) % 8 == 0)
+      << "cuda_lora_shrink: x must have a multiple of 8 columns, got " << x.size(1);
+  call.run(&cuda::lora_shrink);
+}
+
+void cuda_lora_expand(TensorView y, TensorView v, TensorView pool, TensorView items,
+                      TensorView num_items, TensorView pages, int64_t layer, Array<int64_t> modules,
+                      int64_t num_modules, Array<int64_t> offsets) {
+  CudaLoraCall call("cuda_lora_expand", v, y, "y", pool, items, num_items, pages, layer, modules,
+                    num_modules);
+  LORAPLEX_REQUIRE(offsets.size() == modules.size() + 1)
+      << "cuda_lora_expand: offsets must be " << modules.size() + 1 << ", got " << offsets.size();
+  for (size_t i = 0; i < offsets.size(); ++i) {
+    LORAPLEX_REQUIRE(offsets[i] % 8 == 0 && offsets[i] >= (i ? offsets[i - 1] : 0) &&
+                     offsets[i] <= y.size(1))
+        << "cuda_lora_expand: offsets must increase in multiples of 8 up to " << y.size(1)
+        << ", got " << offsets[i] << " at " << i;
+    call.params.offsets[i] = offsets[i];
+  }
+  call.run(&cuda::lora_expand);
+}
+
+}  // namespace
+}  // namespace loraplex
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_lora_shrink, loraplex::cuda_lora_shrink);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_lora_expand, loraplex::cuda_lora_expand);

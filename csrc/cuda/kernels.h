@@ -1,0 +1,44 @@
+// Entry points of the CUDA kernels. Those that have a CPU twin take the same parameters. Each
+// enqueues on a stream (a cudaStream_t) and returns an error message, null if all is well.
+#pragma once
+
+#include "../cpu/kernels.h"
+
+namespace loraplex::cuda {
+
+// Rows with one adapter, at most kItemRows of them; one int4 on the device. Its pages are
+// pages[first_page], pages[first_page + 1], ...
+constexpr int kItemRows = 64;
+constexpr int kMaxGroup = 4;
+// Shrink may cut its sums over the input into so many parts, which expand adds up.
+constexpr int kMaxSplits = 4;
+
+// Shrink and expand for all items of a step. Items, their number and pages are on the device, so
+// that a graph with this call serves any batch.
+struct LoraParams {
+  DType dtype;
+  const uint8_t* pool;
+  int64_t page_bytes;
+  const int32_t* items;  // [max_items, 4]: row_begin, row_end, first_page, unused
+  const int32_t* num_items;
+  const int32_t* pages;
+  int32_t layer, num_modules;      // of the images' headers
+  int32_t group_size;              // modules that share an input
+  int32_t modules[kMaxGroup];      // their ids
+  int32_t offsets[kMaxGroup + 1];  // expand: their first columns in y
+  float* v;                        // [num_tokens, group_size, kMaxSplits, max_rank]
+  int64_t v_token_stride;
+  int32_t max_rank;
+  void* activations;  // x of shrink, y of expand
+  int64_t activation_stride;
+  int32_t num_columns;  // of x
+};
+
+const char* rms_norm(const RmsNormParams&, void* stream);
+const char* rope(const RopeParams&, void* stream);
+const char* silu_and_mul(const SiluAndMulParams&, void* stream);
+const char* write_kv(const WriteKvParams&, void* stream);
+const char* lora_shrink(const LoraParams&, void* stream);
+const char* lora_expand(const LoraParams&, void* stream);
+
+}  // namespace loraplex::cuda

@@ -1,0 +1,291 @@
+"""Runs the model on a CUDA device, a step ahead of the host. Knows no scheduling.
+
+Decode steps, in which every request has one row, replay CUDA graphs: one for each bucket of batch
+sizes, with LoRA and without. What differs between two steps of a bucket lies in buffers at fixed
+addresses. Other steps launch their kernels one by one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from loraplex.attention.backend import AttentionBackend
+from loraplex.attention.metadata import AttentionMetadata
+from loraplex.engine import sampler
+from loraplex.engine.model_runner import DeviceBatch, make_kv_caches, score_prompt, wrap_linears
+from loraplex.engine.models.registry import Model
+from loraplex.engine.request import TokenLogprobs
+from loraplex.engine.staging import StagingBuffer
+from loraplex.engine.step import StepBatch, StepResult
+from loraplex.lora.layers import CudaLoRABatch
+from loraplex.lora.plan import ITEM_FIELDS, MAX_RANK, SPLITS, max_items, plan_items
+from loraplex.lora.spec import BaseModelSpec
+
+Tensor = torch.Tensor
+MAX_GRAPH_BATCH = 512
+SCRATCH_PAGE = np.zeros((1, 1), np.int32)
+
+
+def graph_buckets(max_num_seqs: int) -> list[int]:
+    """Batch sizes to make graphs for: close enough together that little is computed in vain."""
+    largest = min(max_num_seqs, MAX_GRAPH_BATCH)
+    buckets = [1, 2, 4, *range(8, 64, 8), *range(64, largest, 16)]
+    return [bucket for bucket in buckets if bucket < largest] + [largest]
+
+
+@dataclass(slots=True)
+class GraphOutput:
+    """A captured decode step, and where it leaves its results."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor  # [bucket, vocab_size]
+    greedy: Tensor  # int64 [bucket]
+
+
+@dataclass(slots=True)
+class PendingGpuStep:
+    """A launched step; its greedy tokens are on their way to pinned memory."""
+
+    token_ids: Tensor  # int64 [L], pinned
+    done: torch.cuda.Event
+    logprobs: list[TokenLogprobs | None] | None
+    prompt_logprobs: list[list[TokenLogprobs]]
+
+    def result(self) -> StepResult:
+        """Wait for the step's tokens."""
+        self.done.synchronize()
+        return StepResult(self.token_ids.tolist(), self.logprobs, self.prompt_logprobs)
+
+
+class GpuModelRunner:
+    """Owns the model, the graphs and the memory of the pool."""
+
+    def __init__(
+        self,
+        model: Model,
+        hf_config: Any,
+        spec: BaseModelSpec,
+        backend: AttentionBackend,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_pool_pages: int,
+    ) -> None:
+        """max_pool_pages: no pool that `attach_pool` is given has more."""
+        self._model = model
+        self._hf_config = hf_config
+        self._spec = spec
+        self._backend = backend
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_num_tokens = max_num_batched_tokens
+        self._device = model.embedding.device
+        self._most_modules = wrap_linears(model, spec)
+        most_items = max_items(max_num_seqs, max_num_batched_tokens)
+        self._inputs = StagingBuffer(
+            {
+                "token_ids": (np.int32, max_num_batched_tokens),
+                "token_slots": (np.int32, max_num_batched_tokens),
+                "positions": (np.int64, max_num_batched_tokens),
+                "slot_mapping": (np.int64, max_num_batched_tokens),
+                "logits_rows": (np.int64, max_num_seqs),
+                "sampled_slots": (np.int64, max_num_seqs),
+                "items": (np.int32, most_items * ITEM_FIELDS),
+                "num_items": (np.int32, 1),
+                "pages": (np.int32, max_pool_pages),
+            },
+            self._device,
+        )
+        self._last_token = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)
+        self._uploaded = torch.cuda.Event()
+        self._side_stream = torch.cuda.Stream()
+        self._graphs: dict[tuple[int, bool], GraphOutput] = {}
+        self._buckets: list[int] = []
+
+    def attach_pool(self, memory: Tensor) -> None:
+        """memory: uint8 [num_pages, page_bytes], the pool from now on."""
+        self._pool_memory = memory
+        self._kv_caches = make_kv_caches(memory, self._hf_config, self._block_size, self._model)
+
+    # -- start-up --------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def measure_activations(self) -> int:
+        """Bytes that the largest step needs beside weights and pool, measured by running it."""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for num_tokens in (self._max_num_tokens, min(self._max_num_tokens, MAX_GRAPH_BATCH)):
+            hidden = self._forward(num_tokens, self._plan_idle(num_tokens, 1), has_lora=True)
+            logits = self._model.logits(hidden[: min(num_tokens, self._max_num_seqs)])
+            logits.float().softmax(-1)
+            del hidden, logits
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+        return peak
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Make the graphs of decode steps, the largest first: the others fit in its memory."""
+        buckets = graph_buckets(self._max_num_seqs)
+        pool = torch.cuda.graph_pool_handle()
+        for bucket in tqdm(buckets[::-1], desc="Capturing graphs", unit="batch size", leave=False):
+            attention = self._plan_idle(bucket, bucket)
+            for has_lora in (False, True):
+                # Once outside of the graph: libraries make their handles at the first call.
+                self._decode(bucket, attention, has_lora)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    logits, greedy = self._decode(bucket, attention, has_lora)
+                self._graphs[bucket, has_lora] = GraphOutput(graph, logits, greedy)
+        self._buckets = buckets
+
+    def _plan_idle(self, num_tokens: int, num_requests: int) -> Any:
+        """Attention for rows that only touch the scratch page."""
+        per_request = num_tokens // num_requests
+        self._inputs.host["num_items"][0] = 0
+        self._inputs.put("token_slots", np.full(num_tokens, -1))
+        self._inputs.upload()
+        return self._backend.plan(
+            AttentionMetadata(
+                cu_seqlens_q=torch.arange(num_requests + 1, dtype=torch.int32) * per_request,
+                seq_lens=torch.full((num_requests,), per_request, dtype=torch.int32),
+                block_table=torch.zeros(
+                    num_requests, -(-per_request // self._block_size), dtype=torch.int32
+                ),
+                slot_mapping=self._inputs.device["slot_mapping"][:num_tokens],
+                max_query_len=per_request,
+            )
+        )
+
+    # -- a step ----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def launch(self, batch: StepBatch) -> PendingGpuStep:
+        """Enqueue a step. It may read tokens that steps launched before are yet to sample."""
+        # The buffers that the host fills are free when the step before has been copied.
+        self._uploaded.synchronize()
+        num_tokens = len(batch.token_ids)
+        has_lora = len(batch.page_tables) > 0
+        bucket = self._find_bucket(batch)
+        self._stage(batch, num_tokens if bucket is None else bucket)
+        attention = self._backend.plan(self._metadata(batch, bucket))
+        self._inputs.upload()
+        self._uploaded.record()
+        rows = self._inputs.device["logits_rows"][: len(batch.logits_rows)]
+        if bucket is not None:
+            output = self._graphs[bucket, has_lora]
+            output.graph.replay()
+            return self._sample(batch, output.logits[rows], output.greedy[rows], [])
+        hidden = self._forward(num_tokens, attention, has_lora)
+        prompt_logprobs = [
+            score_prompt(self._model, span, hidden) for span in batch.prompt_logprobs
+        ]
+        logits = self._model.logits(hidden[rows])
+        return self._sample(batch, logits, logits.argmax(-1), prompt_logprobs)
+
+    def _find_bucket(self, batch: StepBatch) -> int | None:
+        """The batch size of the graph to replay, if the step is one that graphs are made for."""
+        num_rows = len(batch.token_ids)
+        if num_rows != len(batch.requests) or batch.prompt_logprobs:
+            return None
+        index = bisect_left(self._buckets, num_rows)
+        return self._buckets[index] if index < len(self._buckets) else None
+
+    def _stage(self, batch: StepBatch, num_rows: int) -> None:
+        """Put the step's arrays where the device gets them. Rows beyond the batch's are padding:
+        they read and write the scratch page."""
+        num_tokens, inputs = len(batch.token_ids), self._inputs
+        padding = slice(num_tokens, num_rows)
+        for name, fill in (
+            ("token_ids", 0), ("token_slots", -1), ("positions", 0), ("slot_mapping", 0)
+        ):  # fmt: skip
+            inputs.put(name, getattr(batch, name))
+            inputs.host[name][padding] = fill
+        inputs.put("logits_rows", batch.logits_rows)
+        inputs.put("sampled_slots", batch.sampled_slots)
+        num_items = 0
+        if len(batch.page_tables):
+            num_pages = (batch.page_tables != 0).sum(1)
+            items, pages = plan_items(batch.segment_indptr, batch.page_tables, num_pages)
+            num_items = len(items)
+            inputs.put("items", items.reshape(-1))
+            inputs.put("pages", pages)
+        inputs.host["num_items"][0] = num_items
+
+    def _metadata(self, batch: StepBatch, bucket: int | None) -> AttentionMetadata:
+        num_rows = len(batch.token_ids) if bucket is None else bucket
+        cu_seqlens_q, seq_lens, block_table = batch.cu_seqlens_q, batch.seq_lens, batch.block_table
+        padding = 0 if bucket is None else bucket - len(batch.requests)
+        if padding:
+            cu_seqlens_q = np.arange(bucket + 1, dtype=np.int32)
+            seq_lens = np.concatenate([seq_lens, np.ones(padding, np.int32)])
+            block_table = np.pad(block_table, ((0, padding), (0, 0)))
+        return AttentionMetadata(
+            cu_seqlens_q=torch.from_numpy(cu_seqlens_q),
+            seq_lens=torch.from_numpy(seq_lens),
+            block_table=torch.from_numpy(block_table),
+            slot_mapping=self._inputs.device["slot_mapping"][:num_rows],
+            max_query_len=int(batch.num_new_tokens.max()),
+        )
+
+    def _forward(self, num_tokens: int, attention: Any, has_lora: bool) -> Tensor:
+        """Hidden states [num_tokens, hidden] of the rows in the input buffers."""
+        device = self._inputs.device
+        slots = device["token_slots"][:num_tokens]
+        token_ids = torch.where(
+            slots < 0, device["token_ids"][:num_tokens], self._last_token[slots.clamp(min=0)]
+        )
+        lora = self._lora_batch(num_tokens) if has_lora else None
+        batch = DeviceBatch(attention=attention, kv_caches=self._kv_caches, lora=lora)
+        return self._model.forward(token_ids, device["positions"][:num_tokens], batch)
+
+    def _decode(self, bucket: int, attention: Any, has_lora: bool) -> tuple[Tensor, Tensor]:
+        logits = self._model.logits(self._forward(bucket, attention, has_lora))
+        return logits, logits.argmax(-1)
+
+    def _lora_batch(self, num_tokens: int) -> CudaLoRABatch:
+        device = self._inputs.device
+        return CudaLoRABatch(
+            pool=self._pool_memory,
+            items=device["items"].view(-1, ITEM_FIELDS),
+            num_items=device["num_items"],
+            pages=device["pages"],
+            num_modules=self._spec.num_modules,
+            shrunk=torch.empty(
+                num_tokens * self._most_modules, SPLITS * MAX_RANK, device=self._device
+            ),
+            side_stream=self._side_stream,
+        )
+
+    def _sample(
+        self,
+        batch: StepBatch,
+        logits: Tensor,
+        greedy: Tensor,
+        prompt_logprobs: list[list[TokenLogprobs]],
+    ) -> PendingGpuStep:
+        """Choose tokens, keep them for later steps, and send them to the host."""
+        sampling, logprobs = batch.sampling, None
+        is_greedy = not sampling.temperature.any() and sampling.adjustments is None
+        if is_greedy and (sampling.num_logprobs < 0).all():
+            chosen = greedy
+        else:
+            sampled = sampler.sample(logits, sampling)
+            chosen = torch.from_numpy(sampled.token_ids).to(self._device)
+            logprobs = sampled.logprobs
+        slots = self._inputs.device["sampled_slots"][: len(chosen)]
+        self._last_token.index_copy_(0, slots, chosen.int())
+        token_ids = torch.empty(len(chosen), dtype=torch.int64, pin_memory=True)
+        token_ids.copy_(chosen, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return PendingGpuStep(token_ids, done, logprobs, prompt_logprobs)

@@ -1,0 +1,43 @@
+"""Plans the CUDA kernels' work of a step: cuts rows into items. No torch; runs on the host.
+
+An item is up to ITEM_ROWS rows with one adapter: int32 (row_begin, row_end, first_page, 0), where
+the adapter's pages are pages[first_page], pages[first_page + 1], ...
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+
+ITEM_ROWS = 64
+ITEM_FIELDS = 4
+# Parts of shrink's sums, and the largest rank: both sides of the kernels' scratch.
+SPLITS = 4
+MAX_RANK = 256
+
+
+def max_items(max_num_requests: int, max_num_tokens: int) -> int:
+    """Items of a step, at most."""
+    return max_num_requests + -(-max_num_tokens // ITEM_ROWS)
+
+
+def plan_items(
+    segment_indptr: Int32Array, page_tables: Int32Array, num_pages: Int32Array
+) -> tuple[Int32Array, Int32Array]:
+    """(items [num_items, ITEM_FIELDS], pages [sum of num_pages]) of a step's segments.
+
+    segment_indptr [S + 1]; page_tables [S, most pages]; num_pages [S], of each segment's adapter.
+    """
+    rows = np.diff(segment_indptr)
+    items_of = -(-rows // ITEM_ROWS)
+    segment = np.repeat(np.arange(len(rows)), items_of)
+    index = np.arange(len(segment)) - np.repeat(np.cumsum(items_of) - items_of, items_of)
+    begin = segment_indptr[segment] + index * ITEM_ROWS
+    items = np.zeros((len(segment), ITEM_FIELDS), np.int32)
+    items[:, 0] = begin
+    items[:, 1] = np.minimum(begin + ITEM_ROWS, segment_indptr[segment + 1])
+    items[:, 2] = (np.cumsum(num_pages) - num_pages)[segment]
+    is_used = np.arange(page_tables.shape[1]) < num_pages[:, None]
+    return items, page_tables[is_used]
