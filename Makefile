@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ROOMS := engine attention lora entrypoints csrc
+ROOMS := engine attention lora entrypoints benchmarks csrc
 SOURCES := $(shell find $(ROOMS) -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 CPP_SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h')
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q

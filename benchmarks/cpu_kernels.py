@@ -10,16 +10,18 @@ reading memory, and torch's own matrix product.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 import torch
-from results import write_result
 
 from loraplex import native
+from loraplex.benchmarks.results import write_result
 from loraplex.engine.models import ops as model_ops
 from loraplex.lora import ops
 from loraplex.lora.image import layout_image
@@ -67,7 +69,7 @@ class Bench:
         self.peak_bytes = self.measure_reading()
         self.peak_flops = self.measure_products()
 
-    def best(self, calls: list[Call]) -> float:
+    def best(self, calls: Sequence[Call]) -> float:
         """Seconds that the calls take one after another.
 
         The sum of each one's fastest time in many rounds, because the machine may have other work.
@@ -90,7 +92,7 @@ class Bench:
         out = torch.empty_like(a)
         return 2 * 512**3 / self.best([lambda: torch.mm(a, b, out=out)])
 
-    def add(self, case: str, calls: list[Call], num_bytes: float, flops: float) -> None:
+    def add(self, case: str, calls: Sequence[Call], num_bytes: float, flops: float) -> None:
         seconds = self.best(calls)
         floor = max(num_bytes / self.peak_bytes, flops / self.peak_flops)
         figure = Figure(
@@ -247,15 +249,27 @@ def bench_rows(bench: Bench, rows: int) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--isa", choices=list(native.supported_cpu_isas()))
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog,
+        description="The native CPU kernels against the machine's memory bandwidth and arithmetic.",
+    )
+    parser.add_argument(
+        "--isa",
+        choices=list(native.supported_cpu_isas()),
+        default=native.get_cpu_isa(),
+        help="instruction set (default: %(default)s, the best one here)",
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=1.0, help="to repeat each case for")
-    options = parser.parse_args()
-    if options.isa:
-        native.set_cpu_isa(options.isa)
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="to repeat a case for (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args(argv)
+    native.set_cpu_isa(options.isa)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     bench = Bench(getattr(torch, options.dtype), options.seconds)
@@ -278,9 +292,11 @@ def main() -> None:
             "matmul_gflops": bench.peak_flops / 1e9,
             "cases": [asdict(figure) for figure in bench.figures],
         },
+        options.output,
     )
     print(f"written to {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,12 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from results import write_result
-from synthetic_adapters import write_adapter
 from transformers import AutoModelForCausalLM
 
 from loraplex import LLM, EngineConfig, LoRARequest, SamplingParams
+from loraplex.benchmarks.results import write_result
+from loraplex.benchmarks.synthetic_adapters import write_adapter
 from loraplex.engine.models.locate import locate_model
 from loraplex.engine.models.registry import lora_spec
 
@@ -120,6 +119,9 @@ def main() -> None:
                 "loraplex_mixed", lambda: run_loraplex(llm, paths), args.repeats
             )
         if not args.skip_peft:
+            # Imported late, so that the module can be imported where PEFT is not installed.
+            from peft import PeftModel
+
             with torch.inference_mode():
                 model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
                 figures["transformers_base"] = repeat(

@@ -13,13 +13,13 @@ import statistics
 import time
 
 import numpy as np
-from results import write_result
 
+from loraplex.benchmarks.results import write_result
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
 from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.engine.step import StepBatch, StepResult
+from loraplex.engine.step import FinishedStep, StepBatch, StepResult
 
 VOCAB_SIZE = 32_000
 
@@ -45,14 +45,15 @@ class NullStore:
 
 
 class NullRunner:
-    def execute(self, batch: StepBatch) -> StepResult:
+    def launch(self, batch: StepBatch) -> FinishedStep:
         tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, len(batch.sampled))
-        return StepResult(token_ids=tokens.tolist(), logprobs=None, prompt_logprobs=[])
+        return FinishedStep(StepResult(tokens.tolist(), logprobs=None, prompt_logprobs=[]))
 
 
 class NullDevice:
     page_bytes = 1
     num_pages = 100_000
+    steps_ahead = 0
 
     def __init__(self) -> None:
         self.runner = NullRunner()

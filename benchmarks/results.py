@@ -6,12 +6,13 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("loraplex", "torch", "transformers", "peft", "numpy", "flashinfer-python")
 
 
 def cpu_name() -> str:
@@ -21,18 +22,52 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def write_result(name: str, figures: Any) -> Path:
-    """benchmarks/results/NAME.json"""
-    packages = ("torch", "transformers", "peft", "numpy")
+def gpu_facts() -> dict[str, Any]:
+    """The accelerators and torch's CUDA; nothing where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"gpu": names[0], "num_gpus": len(names), "cuda": torch.version.cuda}
+
+
+def result_path(name: str, output: Path | None = None) -> Path:
+    """Where a result goes: `output`, else benchmarks/results/NAME.json in a checkout's root, else
+    NAME.json here."""
+    if output is not None:
+        return output
+    results = Path("benchmarks/results")
+    return (results if results.is_dir() else Path()) / f"{name}.json"
+
+
+def write_result(name: str, figures: Any, output: Path | None = None) -> Path:
+    """Write the result as JSON to its result_path, which is returned."""
     result = {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(_command()),
         "date": date.today().isoformat(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        **gpu_facts(),
+        "versions": {"python": platform.python_version(), **dict(_versions())},
         "figures": figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = result_path(name, output)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def _command() -> list[str]:
+    program = Path(sys.argv[0])
+    if program.suffix == ".py":
+        return ["python", os.path.relpath(program), *sys.argv[1:]]
+    return [program.name, *sys.argv[1:]]
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue

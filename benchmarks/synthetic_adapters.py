@@ -1,9 +1,15 @@
-"""Writes PEFT adapters with random weights: real files, no training."""
+"""Writes PEFT adapters with random weights: real files, no training.
+
+python benchmarks/synthetic_adapters.py DIRECTORY --model MODEL --num-adapters 1000 --rank 16
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +55,7 @@ def adapter_tensors(
                 continue
             name = spec.module_path(layer, module_id)
             own_rank = rank
-            for pattern, value in reversed((rank_pattern or {}).items()):
+            for pattern, value in reversed(dict(rank_pattern or {}).items()):
                 if re.match(rf"(.*\.)?({pattern})$", name):
                     own_rank = value
             a = torch.randn(own_rank, module.in_features, generator=generator)
@@ -102,3 +108,83 @@ def write_adapter(
         tensors = adapter_tensors(spec, rank, modules, layers, rank_pattern, dtype, seed)
     save_file(dict(tensors), path / "adapter_model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def write_adapters(
+    directory: str | Path,
+    spec: BaseModelSpec,
+    num_adapters: int,
+    num_files: int = 4,
+    ranks: Sequence[int] = (16,),
+    modules: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Path]:
+    """Write adapters a0, a1, ... into the directory and return their directories.
+
+    The ranks go round. Of each rank only num_files adapters have files of their own; the others'
+    are links to them (hard ones where the file system has them), which an engine can't tell from
+    files of their own.
+
+    Raises ValueError for a module that the base model has not.
+    """
+    names = [module.name for module in spec.modules]
+    if unknown := set(modules or ()).difference(names):
+        raise ValueError(f"modules={sorted(unknown)} are not allowed: the model has {names}")
+    directory = Path(directory)
+    paths = [directory / f"a{index}" for index in range(num_adapters)]
+    num_own = num_files * len(ranks)
+    for index, path in enumerate(paths):
+        if index < num_own:
+            rank = ranks[index % len(ranks)]
+            write_adapter(path, spec, rank, modules=modules, dtype=dtype, seed=index)
+            continue
+        path.mkdir(parents=True, exist_ok=True)
+        for file in paths[index % num_own].iterdir():
+            _link(file, path / file.name)
+    return paths
+
+
+def _link(target: Path, link: Path) -> None:
+    link.unlink(missing_ok=True)
+    try:
+        link.hardlink_to(target)
+    except OSError:
+        link.symlink_to(os.path.relpath(target, link.parent))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from loraplex.engine.models.registry import lora_spec
+
+    parser = argparse.ArgumentParser(description="Write PEFT adapters with random weights.")
+    parser.add_argument("directory", type=Path, help="where a0, a1, ... are made")
+    parser.add_argument("--model", required=True, help="base model: a directory or hub id")
+    parser.add_argument("--num-adapters", type=int, default=16, help="default: %(default)s")
+    parser.add_argument(
+        "--rank", type=int, nargs="+", default=[16], help="several go round (default: 16)"
+    )
+    parser.add_argument("--modules", nargs="+", help="as in q_proj; default: all linears")
+    parser.add_argument(
+        "--num-files",
+        type=int,
+        default=4,
+        help="adapters of each rank with weights of their own, to which the others are links "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    options = parser.parse_args(argv)
+    spec, _ = lora_spec(options.model)
+    paths = write_adapters(
+        options.directory,
+        spec,
+        options.num_adapters,
+        options.num_files,
+        options.rank,
+        options.modules,
+        getattr(torch, options.dtype),
+    )
+    print(f"{len(paths)} adapters in {options.directory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

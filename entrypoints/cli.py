@@ -36,6 +36,10 @@ COMMANDS = {
         "Look at adapters.",
         "loraplex.entrypoints.adapters", "add_adapters_arguments", "run_adapters",
     ),
+    "bench": Command(
+        "Measure throughput, latency and kernels.",
+        "loraplex.entrypoints.bench", "add_bench_arguments", "run_bench",
+    ),
     "demo": Command(
         "Serve the embedded model with its demo adapters and talk to all of them.",
         "loraplex.entrypoints.demo", "add_demo_arguments", "run_demo",

@@ -22,12 +22,15 @@ def run(tmp_path, *flags: str) -> dict:
 
 @pytest.mark.usefixtures("one_thread")
 def test_from_base_model_to_adapters(tmp_path, capsys):
-    result = run(tmp_path, "--num-adapters", "0", "3", "--rank", "4", "--max-num-seqs", "4")
+    result = run(tmp_path, "--num-adapters", "0", "2", "3", "--rank", "4", "--max-num-seqs", "4")
     rows = result["figures"]["rows"]
-    assert [(row["num_adapters"], row["pass"]) for row in rows] == [(0, 1), (0, 2), (3, 1), (3, 2)]
-    assert [row["num_distinct"] for row in rows] == [0, 0, 3, 3]
-    # Only the first pass has anything to load, and no prompt was in the cache for the second.
-    assert [row["adapter_loads"] for row in rows] == [0, 0, 3, 0]
+    counts = [0, 0, 2, 2, 3, 3]
+    assert [(row["num_adapters"], row["pass"]) for row in rows] == list(
+        zip(counts, [1, 2] * 3, strict=True)
+    )
+    assert [row["num_distinct"] for row in rows] == counts
+    # The first pass has everything to load, the second nothing; and no prompt was in the cache.
+    assert [row["adapter_loads"] for row in rows] == [0, 0, 2, 0, 3, 0]
     assert {row["preemptions"] for row in rows} == {0}
     assert all(row["steps"] >= 10 for row in rows), "4 at once, 8 requests of 5 tokens"
     for row in rows:

@@ -83,6 +83,9 @@ class FakeStore:
             raise ValueError(f"adapter {path} can't be served")
         return int(path.split("=")[1])
 
+    def module_mask(self, version: bytes) -> int:
+        return 1
+
     def max_rank(self, version: bytes) -> int:
         return 8
 

@@ -20,6 +20,7 @@ class Scored:
     """What it would have chosen, given everything before."""
     logprobs: list[float]
     """Of the tokens that were chosen."""
+    greedy_logprobs: list[float]
 
 
 class Oracle:
@@ -54,5 +55,6 @@ class Oracle:
         logprobs = logits.float().log_softmax(-1)
         return Scored(
             greedy_token_ids=logits.argmax(-1).tolist(),
+            greedy_logprobs=logprobs.amax(-1).tolist(),
             logprobs=logprobs[torch.arange(len(output)), torch.tensor(output)].tolist(),
         )

@@ -1,0 +1,1 @@
+"""What is measured, and with what: scripts, and the tools behind `loraplex bench`."""

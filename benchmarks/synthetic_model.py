@@ -1,0 +1,65 @@
+"""Models of a given shape without a checkpoint: config.json and a tokenizer; weights are random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 14336,
+        "vocab_size": 128_256,
+        "rope_theta": 500_000.0,
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+    },
+    # To see in seconds that everything works.
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 1024,
+        "dtype": "float32",
+    },
+}
+
+
+def write_model(directory: str | Path, shape: str) -> Path:
+    """Write a Llama of a shape in SHAPES, to be loaded with load_format="dummy", and return its
+    directory. Its tokenizer has a word for every id, so that a server has text to stream."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **SHAPES[shape],
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=1))
+    words = {f"w{token_id}": token_id for token_id in range(config["vocab_size"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    return path

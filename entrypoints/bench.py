@@ -1,0 +1,61 @@
+"""`loraplex bench`: measures this machine, or a running server. The benchmarks have their flags."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from typing import Any
+
+BENCHMARKS = {
+    "offline": "Throughput of the offline engine by number of adapters.",
+    "serve": "Latency of an OpenAI-compatible server under traffic that does not wait for it.",
+    "kernels": "The kernels of this machine against what its memory and arithmetic allow.",
+}
+EXAMPLES = """\
+examples:
+  loraplex bench offline --shape tiny --num-adapters 0 4 --num-requests 32
+      sees in seconds that everything works
+  loraplex bench offline --shape llama-3-8b --num-adapters 0 1 8 32 128 1000
+      random weights, one engine for all counts; adapters first from disk, then from memory
+  loraplex bench serve --url http://localhost:8000 --rate 4 --duration 60
+      any OpenAI-compatible server with the adapters that it lists
+  loraplex bench serve --model DIRECTORY --num-adapters 100 --alpha 0.3 -- --max-num-seqs 64
+      a server of its own; what follows -- are flags of `loraplex serve`
+  loraplex bench kernels
+
+`loraplex bench BENCHMARK --help` lists a benchmark's flags. Results are JSON, with the machine,
+the versions and the command in them, and a picture if matplotlib is there.
+"""
+
+
+class _Forwarder(argparse.ArgumentParser):
+    """Leaves all flags to the benchmark, whose parser may need what is slow to import."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace = argparse.Namespace() if namespace is None else namespace
+        namespace.flags = args
+        return namespace, []
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    benchmarks = parser.add_subparsers(
+        dest="benchmark", required=True, metavar="BENCHMARK", parser_class=_Forwarder
+    )
+    for name, text in BENCHMARKS.items():
+        benchmarks.add_parser(name, help=text)
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Run a benchmark; what it returns. Raises ValueError, RuntimeError."""
+    module = import_module(f"loraplex.benchmarks.{_module_name(arguments.benchmark)}")
+    return module.main(arguments.flags, prog=f"loraplex bench {arguments.benchmark}")
+
+
+def _module_name(benchmark: str) -> str:
+    if benchmark != "kernels":
+        return benchmark
+    import torch
+
+    return "gpu_kernels" if torch.cuda.is_available() else "cpu_kernels"
