@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Protocol
 
 import torch
 
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
+
+logger = logging.getLogger(__name__)
+
+# FlashInfer compiles for others (80, 96) as well, but gives wrong results.
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 Tensor = torch.Tensor
 
@@ -34,6 +40,12 @@ class PlannedAttention(Protocol):
 class AttentionBackend(Protocol):
     """One implementation of attention."""
 
+    @property
+    def supports_graphs(self) -> bool:
+        """Whether what `run` launches for batches of one query row per request stays the same but
+        for what `plan` leaves at fixed addresses, so that a CUDA graph can hold it."""
+        ...
+
     def plan(self, metadata: AttentionMetadata) -> PlannedAttention: ...
 
 
@@ -49,12 +61,13 @@ _HOMES = {
 
 
 def get_backend(name: str, shape: AttentionShape) -> AttentionBackend:
-    """The backend of that name; "auto" is flashinfer on CUDA devices and native on the CPU.
+    """The backend of that name; "auto" is native on the CPU, and on CUDA devices flashinfer, or
+    reference for what flashinfer does not serve.
 
     Raises ValueError for an unknown name, and for a shape or device that the backend cannot serve.
     """
     if name == "auto":
-        name = "native" if shape.device.type == "cpu" else "flashinfer"
+        name = _choose(shape)
     home = _HOMES.get(name)
     if home is None:
         allowed = ", ".join(map(repr, ("auto", *_HOMES)))
@@ -67,3 +80,15 @@ def get_backend(name: str, shape: AttentionShape) -> AttentionBackend:
     module, attribute = home
     make: _MakeBackend = getattr(import_module(module), attribute)
     return make(shape)
+
+
+def _choose(shape: AttentionShape) -> str:
+    if shape.device.type == "cpu":
+        return "native"
+    if shape.dtype == torch.bfloat16 and shape.head_dim in FLASHINFER_HEAD_DIMS:
+        return "flashinfer"
+    logger.warning(
+        "FlashInfer does not serve %s with a head_dim of %d: attention is by plain torch, which is "
+        "slow", shape.dtype, shape.head_dim,
+    )  # fmt: skip
+    return "reference"

@@ -16,13 +16,12 @@ from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPaged
 from flashinfer.decode import fast_decode_plan
 
 from loraplex import native
+from loraplex.attention.backend import FLASHINFER_HEAD_DIMS
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 
 Tensor = torch.Tensor
 Wrapper = BatchDecodeWithPagedKVCacheWrapper | BatchPrefillWithPagedKVCacheWrapper
 
-# Others compile, but give wrong results (80, 96) or are not built.
-HEAD_DIMS = (64, 128, 256)
 WORKSPACE_BYTES = 256 << 20
 
 
@@ -45,11 +44,13 @@ class PlannedFlashInferAttention:
 class FlashInferAttention:
     """Raises ValueError for a dtype or head_dim that FlashInfer does not serve."""
 
+    supports_graphs = True
+
     def __init__(self, shape: AttentionShape) -> None:
-        if shape.dtype != torch.bfloat16 or shape.head_dim not in HEAD_DIMS:
+        if shape.dtype != torch.bfloat16 or shape.head_dim not in FLASHINFER_HEAD_DIMS:
             raise ValueError(
                 f"attention_backend='flashinfer' is not allowed for {shape.dtype} and a head_dim "
-                f"of {shape.head_dim}: it serves torch.bfloat16 and {HEAD_DIMS}"
+                f"of {shape.head_dim}: it serves torch.bfloat16 and {FLASHINFER_HEAD_DIMS}"
             )
         self._shape = shape
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)

@@ -1,4 +1,4 @@
-"""What attention needs to know of the model and of a step's batch. Knows no requests and no owners of
+"""What attention needs to know of the model and of a step's batch. Knows no requests, nor who owns
 pages."""
 
 from __future__ import annotations

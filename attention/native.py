@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -39,6 +40,8 @@ class PlannedNativeAttention:
 @dataclass(frozen=True, slots=True)
 class NativeAttention:
     """The kernels cut the batch into items of work themselves, so that there is little to plan."""
+
+    supports_graphs: ClassVar[bool] = False
 
     shape: AttentionShape
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -55,6 +56,8 @@ class PlannedReferenceAttention:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceAttention:
+    supports_graphs: ClassVar[bool] = False
+
     shape: AttentionShape
 
     def plan(self, metadata: AttentionMetadata) -> PlannedReferenceAttention:

@@ -35,6 +35,9 @@ class AdapterStore(Protocol):
     def max_rank(self, version: bytes) -> int:
         """The largest rank of an adapter that is in host memory."""
 
+    def module_mask(self, version: bytes) -> int:
+        """Bit m is set if an adapter that is in host memory targets module m in any layer."""
+
     def copy_to_pages(self, version: bytes, pages: list[int]) -> Future[None]:
         """Start copying the image into these pages of the pool."""
 
@@ -55,6 +58,7 @@ class Adapter:
         "copy",
         "lora_request",
         "max_rank",
+        "module_mask",
         "num_users",
         "page_table",
         "pages",
@@ -72,6 +76,7 @@ class Adapter:
         self.pages: list[int] = []
         self.page_table: npt.NDArray[np.int32] = np.empty(0, np.int32)
         self.max_rank = 0
+        self.module_mask = 0
         self.num_users = 0
         """Running requests that use it."""
         self.copy: Future[None] | None = None
@@ -130,6 +135,7 @@ class AdapterManager:
         adapter.pages = sorted(pages)
         adapter.page_table = np.array(adapter.pages, np.int32)
         adapter.max_rank = self._store.max_rank(adapter.version)
+        adapter.module_mask = self._store.module_mask(adapter.version)
         adapter.residency = Residency.COPYING
         adapter.copy = self._store.copy_to_pages(adapter.version, adapter.pages)
         self._copying.append(adapter)

@@ -46,6 +46,9 @@ class PooledAdapters:
     def max_rank(self, version: bytes) -> int:
         return self._store.image(version).max_rank
 
+    def module_mask(self, version: bytes) -> int:
+        return self._store.image(version).module_mask
+
     def copy_to_pages(self, version: bytes, pages: list[int]) -> Future[None]:
         return self._store.copy_to_pages(version, self._memory, pages)
 
@@ -136,7 +139,7 @@ class TorchDevice:
             pool_bytes = int(share * total_bytes) - used_bytes - activation_bytes
         memory = self._allocate(pool_bytes, device)
         runner.attach_pool(memory)
-        if not config.enforce_eager:
+        if backend.supports_graphs and not config.enforce_eager:
             runner.capture_graphs()
         return memory, runner
 

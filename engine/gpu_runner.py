@@ -104,9 +104,12 @@ class GpuModelRunner:
         )
         self._last_token = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)
         self._uploaded = torch.cuda.Event()
-        self._side_stream = torch.cuda.Stream()
-        self._graphs: dict[tuple[int, bool], GraphOutput] = {}
-        self._buckets: list[int] = []
+        self._graphs: dict[tuple[int, int], GraphOutput] = {}
+        self._buckets = graph_buckets(max_num_seqs)
+        # Modules whose LoRA products a graph may hold: none, the attention's, all.
+        names = [module.path for module in spec.modules]
+        attention = sum(1 << m for m, name in enumerate(names) if "attn" in name)
+        self._graph_masks = sorted({0, attention, (1 << len(names)) - 1})
 
     def attach_pool(self, memory: Tensor) -> None:
         """memory: uint8 [num_pages, page_bytes], the pool from now on."""
@@ -122,7 +125,9 @@ class GpuModelRunner:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         for num_tokens in (self._max_num_tokens, min(self._max_num_tokens, MAX_GRAPH_BATCH)):
-            hidden = self._forward(num_tokens, self._plan_idle(num_tokens, 1), has_lora=True)
+            hidden = self._forward(
+                num_tokens, self._plan_idle(num_tokens, 1), self._graph_masks[-1]
+            )
             logits = self._model.logits(hidden[: min(num_tokens, self._max_num_seqs)])
             logits.float().softmax(-1)
             del hidden, logits
@@ -134,19 +139,18 @@ class GpuModelRunner:
     @torch.inference_mode()
     def capture_graphs(self) -> None:
         """Make the graphs of decode steps, the largest first: the others fit in its memory."""
-        buckets = graph_buckets(self._max_num_seqs)
         pool = torch.cuda.graph_pool_handle()
-        for bucket in tqdm(buckets[::-1], desc="Capturing graphs", unit="batch size", leave=False):
+        progress = {"desc": "Capturing graphs", "unit": "batch size", "leave": False}
+        for bucket in tqdm(self._buckets[::-1], **progress):
             attention = self._plan_idle(bucket, bucket)
-            for has_lora in (False, True):
+            for mask in self._graph_masks:
                 # Once outside of the graph: libraries make their handles at the first call.
-                self._decode(bucket, attention, has_lora)
+                self._decode(bucket, attention, mask)
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    logits, greedy = self._decode(bucket, attention, has_lora)
-                self._graphs[bucket, has_lora] = GraphOutput(graph, logits, greedy)
-        self._buckets = buckets
+                    logits, greedy = self._decode(bucket, attention, mask)
+                self._graphs[bucket, mask] = GraphOutput(graph, logits, greedy)
 
     def _plan_idle(self, num_tokens: int, num_requests: int) -> Any:
         """Attention for rows that only touch the scratch page."""
@@ -174,7 +178,6 @@ class GpuModelRunner:
         # The buffers that the host fills are free when the step before has been copied.
         self._uploaded.synchronize()
         num_tokens = len(batch.token_ids)
-        has_lora = len(batch.page_tables) > 0
         bucket = self._find_bucket(batch)
         self._stage(batch, num_tokens if bucket is None else bucket)
         attention = self._backend.plan(self._metadata(batch, bucket))
@@ -182,18 +185,27 @@ class GpuModelRunner:
         self._uploaded.record()
         rows = self._inputs.device["logits_rows"][: len(batch.logits_rows)]
         if bucket is not None:
-            output = self._graphs[bucket, has_lora]
-            output.graph.replay()
-            return self._sample(batch, output.logits[rows], output.greedy[rows], [])
-        hidden = self._forward(num_tokens, attention, has_lora)
+            logits, greedy = self._run_decode(bucket, attention, batch.module_mask)
+            return self._sample(batch, logits, greedy, rows, [])
+        hidden = self._forward(num_tokens, attention, batch.module_mask)
         prompt_logprobs = [
             score_prompt(self._model, span, hidden) for span in batch.prompt_logprobs
         ]
         logits = self._model.logits(hidden[rows])
-        return self._sample(batch, logits, logits.argmax(-1), prompt_logprobs)
+        return self._sample(batch, logits, logits.argmax(-1), None, prompt_logprobs)
+
+    def _run_decode(self, bucket: int, attention: Any, module_mask: int) -> tuple[Tensor, Tensor]:
+        """Logits and greedy tokens of a padded decode step, by its graph if there is one."""
+        if not self._graphs:
+            return self._decode(bucket, attention, module_mask)
+        mask = next(m for m in self._graph_masks if not module_mask & ~m)
+        output = self._graphs[bucket, mask]
+        output.graph.replay()
+        return output.logits, output.greedy
 
     def _find_bucket(self, batch: StepBatch) -> int | None:
-        """The batch size of the graph to replay, if the step is one that graphs are made for."""
+        """The batch size to pad a decode step to. The same with and without graphs, so that both
+        multiply alike."""
         num_rows = len(batch.token_ids)
         if num_rows != len(batch.requests) or batch.prompt_logprobs:
             return None
@@ -237,22 +249,23 @@ class GpuModelRunner:
             max_query_len=int(batch.num_new_tokens.max()),
         )
 
-    def _forward(self, num_tokens: int, attention: Any, has_lora: bool) -> Tensor:
+    def _forward(self, num_tokens: int, attention: Any, module_mask: int) -> Tensor:
         """Hidden states [num_tokens, hidden] of the rows in the input buffers."""
         device = self._inputs.device
         slots = device["token_slots"][:num_tokens]
         token_ids = torch.where(
             slots < 0, device["token_ids"][:num_tokens], self._last_token[slots.clamp(min=0)]
         )
-        lora = self._lora_batch(num_tokens) if has_lora else None
+        lora = self._lora_batch(num_tokens, module_mask) if module_mask else None
         batch = DeviceBatch(attention=attention, kv_caches=self._kv_caches, lora=lora)
         return self._model.forward(token_ids, device["positions"][:num_tokens], batch)
 
-    def _decode(self, bucket: int, attention: Any, has_lora: bool) -> tuple[Tensor, Tensor]:
-        logits = self._model.logits(self._forward(bucket, attention, has_lora))
+    def _decode(self, bucket: int, attention: Any, module_mask: int) -> tuple[Tensor, Tensor]:
+        hidden = self._forward(bucket, attention, module_mask)
+        logits = self._model.logits(hidden)
         return logits, logits.argmax(-1)
 
-    def _lora_batch(self, num_tokens: int) -> CudaLoRABatch:
+    def _lora_batch(self, num_tokens: int, module_mask: int) -> CudaLoRABatch:
         device = self._inputs.device
         return CudaLoRABatch(
             pool=self._pool_memory,
@@ -263,7 +276,7 @@ class GpuModelRunner:
             shrunk=torch.empty(
                 num_tokens * self._most_modules, SPLITS * MAX_RANK, device=self._device
             ),
-            side_stream=self._side_stream,
+            module_mask=module_mask,
         )
 
     def _sample(
@@ -271,14 +284,17 @@ class GpuModelRunner:
         batch: StepBatch,
         logits: Tensor,
         greedy: Tensor,
+        rows: Tensor | None,
         prompt_logprobs: list[list[TokenLogprobs]],
     ) -> PendingGpuStep:
-        """Choose tokens, keep them for later steps, and send them to the host."""
+        """Choose tokens, keep them for later steps, and send them to the host. Of logits and greedy
+        tokens these rows count; all if None."""
         sampling, logprobs = batch.sampling, None
         is_greedy = not sampling.temperature.any() and sampling.adjustments is None
         if is_greedy and (sampling.num_logprobs < 0).all():
-            chosen = greedy
+            chosen = greedy if rows is None else greedy[rows]
         else:
+            logits = logits if rows is None else logits[rows]
             sampled = sampler.sample(logits, sampling)
             chosen = torch.from_numpy(sampled.token_ids).to(self._device)
             logprobs = sampled.logprobs

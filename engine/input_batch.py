@@ -6,6 +6,9 @@ gathers: its cost grows with the tokens of the step, not with the length of the 
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+
 import numpy as np
 
 from loraplex.engine.adapter_manager import Adapter
@@ -75,7 +78,7 @@ class InputBatch:
         )
         self._token_ids[sampled_slots, seq_lens[sampled]] = PENDING
         self._num_tokens[sampled_slots] += 1
-        segment_indptr, page_tables, max_rank = _lora_segments(requests, cu_seqlens_q)
+        segment_indptr, page_tables, max_rank, module_mask = _lora_segments(requests, cu_seqlens_q)
         return StepBatch(
             requests=requests,
             num_new_tokens=num_new_tokens,
@@ -90,6 +93,7 @@ class InputBatch:
             segment_indptr=segment_indptr,
             page_tables=page_tables,
             max_rank=max_rank,
+            module_mask=module_mask,
             sampled=sampled,
             sampled_slots=sampled_slots.astype(np.int32),
             logits_rows=cu_seqlens_q[1:][sampled].astype(np.int64) - 1,
@@ -130,8 +134,8 @@ class InputBatch:
 
 def _lora_segments(
     requests: list[Request], cu_seqlens_q: Int32Array
-) -> tuple[Int32Array, Int32Array, int]:
-    """Runs of requests with one adapter: (segment_indptr, page_tables, max_rank)."""
+) -> tuple[Int32Array, Int32Array, int, int]:
+    """Runs of requests with one adapter: (segment_indptr, page_tables, max_rank, module_mask)."""
     indptr = [0]
     adapters: list[Adapter] = []
     for request, end in zip(requests, cu_seqlens_q[1:].tolist(), strict=True):
@@ -147,7 +151,8 @@ def _lora_segments(
     for row, adapter in enumerate(adapters):
         page_tables[row, : len(adapter.pages)] = adapter.page_table
     max_rank = max((a.max_rank for a in adapters), default=0)
-    return np.array(indptr, np.int32), page_tables, max_rank
+    module_mask = reduce(or_, (a.module_mask for a in adapters), 0)
+    return np.array(indptr, np.int32), page_tables, max_rank, module_mask
 
 
 def _prompt_logprobs_spans(

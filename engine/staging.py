@@ -1,4 +1,4 @@
-"""A step's arrays on their way to a CUDA device: one copy, from pinned memory to fixed addresses."""
+"""A step's arrays on their way to a CUDA device, in one copy from pinned memory to fixed places."""
 
 from __future__ import annotations
 

@@ -64,6 +64,8 @@ class StepBatch:
     segment_indptr: Int32Array  # [S + 1]
     page_tables: Int32Array  # [S, most pages of an adapter here]
     max_rank: int
+    module_mask: int
+    """Bit m is set if any adapter here targets module m."""
 
     # Sampling: requests[i] for i in sampled get a token, from the logits of logits_rows. The
     # device keeps the last sampled token of each slot, for the token_slots of later steps.

@@ -44,6 +44,8 @@ class AdapterImage:
     buffer: torch.Tensor  # uint8 [num_pages * page_bytes], pinned where there is CUDA
     num_pages: int
     max_rank: int
+    module_mask: int
+    """Bit m is set if module m is targeted in any layer."""
     dtype: torch.dtype
 
     @property
@@ -107,7 +109,8 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
             tiles = _to_tiles(matrices)
             numbers = layout.header[layers, module_id, field, None] + np.arange(tiles.shape[1])
             slots[np.divmod(numbers, layout.tiles_per_page)] = tiles
-    return AdapterImage(buffer, layout.num_pages, max(ranks.values()), dtype)
+    module_mask = sum(1 << module_id for module_id in {module_id for _, module_id in ranks})
+    return AdapterImage(buffer, layout.num_pages, max(ranks.values()), module_mask, dtype)
 
 
 def unpack_image(image: AdapterImage, spec: BaseModelSpec) -> AdapterWeights:

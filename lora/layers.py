@@ -18,12 +18,7 @@ Tensor = torch.Tensor
 class LoRABatch(Protocol):
     """The adapters of a step: which rows are whose, and how to multiply by them."""
 
-    def shrink(self, x: Tensor, linear: LinearWithLoRA) -> Tensor:
-        """A x of the linear's modules, in a form that only `expand` reads. May still be on its way
-        on the device when this returns."""
-        ...
-
-    def expand(self, y: Tensor, shrunk: Tensor, linear: LinearWithLoRA) -> None:
+    def add(self, y: Tensor, x: Tensor, linear: LinearWithLoRA) -> None:
         """y += B A x, in place, for rows with an adapter."""
         ...
 
@@ -39,14 +34,10 @@ class CpuLoRABatch:
     """Modules per layer that an adapter may target, as in the images' headers."""
     shrunk: Tensor  # float32 [num_tokens, most modules of a linear, max_rank], scratch
 
-    def shrink(self, x: Tensor, linear: LinearWithLoRA) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, linear: LinearWithLoRA) -> None:
         shrunk = self.shrunk[:, : len(linear.modules)]
         adapters = self.pool, self.segment_indptr, self.page_tables
         ops.shrink(shrunk, x, *adapters, linear.layer, linear.modules, self.num_modules)
-        return shrunk
-
-    def expand(self, y: Tensor, shrunk: Tensor, linear: LinearWithLoRA) -> None:
-        adapters = self.pool, self.segment_indptr, self.page_tables
         ops.expand(
             y, shrunk, *adapters, linear.layer, linear.modules, self.num_modules, linear.offsets
         )
@@ -62,28 +53,22 @@ class CudaLoRABatch:
     pages: Tensor  # int32 [max_pages], of all items' adapters
     num_modules: int
     shrunk: Tensor  # float32 [num_tokens * most modules of a linear, SPLITS * max_rank], scratch
-    side_stream: torch.cuda.Stream
-    """Where shrink runs, beside the base model's product."""
+    module_mask: int
+    """Bit m is set if any of the adapters targets module m."""
 
-    def shrink(self, x: Tensor, linear: LinearWithLoRA) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, linear: LinearWithLoRA) -> None:
+        if not linear.module_mask & self.module_mask:
+            return
         num_tokens, group_size = x.shape[0], len(linear.modules)
         row_size = self.shrunk.shape[1]
         shrunk = self.shrunk.view(-1)[: num_tokens * group_size * row_size]
         shrunk = shrunk.view(num_tokens, group_size, row_size)
-        self.side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side_stream):
-            native.cuda_lora_shrink(
-                shrunk, x, self.pool, self.items, self.num_items, self.pages, linear.layer,
-                linear.modules, self.num_modules,
-            )  # fmt: skip
-        return shrunk
-
-    def expand(self, y: Tensor, shrunk: Tensor, linear: LinearWithLoRA) -> None:
-        torch.cuda.current_stream().wait_stream(self.side_stream)
-        native.cuda_lora_expand(
-            y, shrunk, self.pool, self.items, self.num_items, self.pages, linear.layer,
-            linear.modules, self.num_modules, linear.offsets,
+        plan = (
+            self.pool, self.items, self.num_items, self.pages, linear.layer, linear.modules,
+            self.num_modules,
         )  # fmt: skip
+        native.cuda_lora_shrink(shrunk, x, *plan)
+        native.cuda_lora_expand(y, shrunk, *plan, linear.offsets)
 
 
 class BatchWithLoRA(Protocol):
@@ -109,13 +94,11 @@ class LinearWithLoRA:
         self.base = base
         self.layer = layer
         self.modules = list(modules)
+        self.module_mask = sum(1 << module for module in modules)
         self.offsets = [0, *accumulate(out_features)]
 
     def __call__(self, x: Tensor, batch: BatchWithLoRA) -> Tensor:
-        lora = batch.lora
-        if lora is None:
-            return self.base(x, batch)
-        shrunk = lora.shrink(x, self)
         y = self.base(x, batch)
-        lora.expand(y, shrunk, self)
+        if batch.lora is not None:
+            batch.lora.add(y, x, self)
         return y

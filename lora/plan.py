@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
 
-ITEM_ROWS = 64
+ITEM_ROWS = 32
 ITEM_FIELDS = 4
 # Parts of shrink's sums, and the largest rank: both sides of the kernels' scratch.
 SPLITS = 4

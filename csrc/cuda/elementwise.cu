@@ -20,7 +20,9 @@ __device__ float block_sum(float x) {
 
 // One block a row. With a residual, x is added to it first and then replaced by the result.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
+  wait_for_previous_kernel();
   const int64_t token = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
   const T* x = static_cast<const T*>(p.x) + token * p.x_strides[0] + head * p.x_strides[1];
   T* out = static_cast<T*>(p.out) + token * p.out_strides[0] + head * p.out_strides[1];
@@ -55,7 +57,8 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
 
 // One block a token; threads go over (head, kWidth pairs of dimensions) of q, then of k.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) rope_kernel(RopeParams p) {
+__global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ RopeParams p) {
+  wait_for_previous_kernel();
   const int64_t token = blockIdx.x;
   const float* cosines = p.cos_sin_cache + p.positions[token] * 2 * p.half;
   const int vectors = p.half / kWidth;
@@ -80,7 +83,9 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(RopeParams p) {
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) silu_and_mul_kernel(SiluAndMulParams p) {
+__global__ void __launch_bounds__(kThreads)
+    silu_and_mul_kernel(const __grid_constant__ SiluAndMulParams p) {
+  wait_for_previous_kernel();
   const int64_t token = blockIdx.y;
   const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kWidth;
   if (i >= p.size) return;
@@ -96,7 +101,9 @@ __global__ void __launch_bounds__(kThreads) silu_and_mul_kernel(SiluAndMulParams
 
 // One block a token; threads go over K's vectors, then over V's.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) write_kv_kernel(WriteKvParams p) {
+__global__ void __launch_bounds__(kThreads)
+    write_kv_kernel(const __grid_constant__ WriteKvParams p) {
+  wait_for_previous_kernel();
   const int64_t token = blockIdx.x, slot = p.slot_mapping[token];
   const int64_t page = slot / p.block_size, offset = slot % p.block_size;
   const int vectors = p.head_dim / kWidth, per_tensor = p.num_kv_heads * vectors;
@@ -113,15 +120,15 @@ __global__ void __launch_bounds__(kThreads) write_kv_kernel(WriteKvParams p) {
   }
 }
 
-// Calls launch(element, width): the widest vectors that all these pointers and counts allow.
-template <class Launch>
-void with_type(DType dtype, bool is_wide, Launch launch) {
+// Calls use(element, width): the widest vectors that all these pointers and counts allow.
+template <class Use>
+void with_type(DType dtype, bool is_wide, Use use) {
   const auto with_width = [&](auto element) {
     using T = decltype(element);
     if (is_wide)
-      launch(element, std::integral_constant<int, 16 / sizeof(T)>());
+      use(element, std::integral_constant<int, 16 / sizeof(T)>());
     else
-      launch(element, std::integral_constant<int, 1>());
+      use(element, std::integral_constant<int, 1>());
   };
   if (dtype == DType::kBFloat16)
     with_width(BFloat16());
@@ -144,8 +151,8 @@ const char* rms_norm(const RmsNormParams& p, void* stream) {
       are_multiples_of_8({p.size, p.x_strides[0], p.x_strides[1], p.out_strides[0],
                           p.out_strides[1], p.residual_strides[0], p.residual_strides[1]});
   with_type(p.dtype, is_wide, [&](auto element, auto width) {
-    rms_norm_kernel<decltype(element), width>
-        <<<p.num_tokens * p.num_heads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+    launch(rms_norm_kernel<decltype(element), width>, dim3(p.num_tokens * p.num_heads), kThreads,
+           stream, p);
   });
   return last_error();
 }
@@ -157,8 +164,7 @@ const char* rope(const RopeParams& p, void* stream) {
               are_multiples_of_8({p.strides[i][0], p.strides[i][1]});
   }
   with_type(p.dtype, is_wide, [&](auto element, auto width) {
-    rope_kernel<decltype(element), width>
-        <<<p.num_tokens, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+    launch(rope_kernel<decltype(element), width>, dim3(p.num_tokens), kThreads, stream, p);
   });
   return last_error();
 }
@@ -169,8 +175,7 @@ const char* silu_and_mul(const SiluAndMulParams& p, void* stream) {
   with_type(p.dtype, is_wide, [&](auto element, auto width) {
     const int64_t per_block = kThreads * width;
     const dim3 grid((p.size + per_block - 1) / per_block, p.num_tokens);
-    silu_and_mul_kernel<decltype(element), width>
-        <<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+    launch(silu_and_mul_kernel<decltype(element), width>, grid, kThreads, stream, p);
   });
   return last_error();
 }
@@ -184,8 +189,7 @@ const char* write_kv(const WriteKvParams& p, void* stream) {
                                   cache.token_stride, cache.head_stride});
   }
   with_type(p.dtype, is_wide, [&](auto element, auto width) {
-    write_kv_kernel<decltype(element), width>
-        <<<p.num_tokens, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+    launch(write_kv_kernel<decltype(element), width>, dim3(p.num_tokens), kThreads, stream, p);
   });
   return last_error();
 }

@@ -8,7 +8,7 @@ namespace loraplex::cuda {
 
 // Rows with one adapter, at most kItemRows of them; one int4 on the device. Its pages are
 // pages[first_page], pages[first_page + 1], ...
-constexpr int kItemRows = 64;
+constexpr int kItemRows = 32;
 constexpr int kMaxGroup = 4;
 // Shrink may cut its sums over the input into so many parts, which expand adds up.
 constexpr int kMaxSplits = 4;

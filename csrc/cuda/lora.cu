@@ -161,6 +161,7 @@ __device__ void shrink_unit(float* shared, const LoraParams& p, const Geometry& 
                             int m, int split, int splits) {
   const Pages pages = find_pages(p, geometry, item);
   const Module module = find_module<false>(p, pages, m);
+  wait_for_previous_kernel();
   const int num_tiles = (p.num_columns + kTileColumns - 1) / kTileColumns;
   const int begin = num_tiles * split / splits, end = num_tiles * (split + 1) / splits;
   const BFloat16* rows[kRowTiles];
@@ -182,6 +183,7 @@ __device__ void shrink_unit(float* shared, const LoraParams& p, const Geometry& 
 __global__ void __launch_bounds__(kThreads, 2)
     shrink_kernel(const __grid_constant__ LoraParams p, const __grid_constant__ Geometry geometry) {
   __shared__ float shared[kWarps * 16 * kItemRows];
+  allow_next_kernel();
   const int num_items = *p.num_items;
   const int splits = num_splits(num_items, p.group_size, geometry.num_blocks);
   const int num_units = num_items * p.group_size * splits;
@@ -191,9 +193,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (item.y - item.x <= 8) {
       shrink_unit<1, 4>(shared, p, geometry, item, m, split, splits);
     } else {
-      shrink_unit<kItemRows / 8, 1>(shared, p, geometry, item, m, split, splits);
+      shrink_unit<kItemRows / 8, 2>(shared, p, geometry, item, m, split, splits);
     }
   }
+  // A block without work must not seem done before what it would have waited for is.
+  wait_for_previous_kernel();
 }
 
 // ---- expand ----
@@ -230,6 +234,22 @@ __device__ void expand_tile(const LoraParams& p, const Pages& pages, const Modul
                             int j, int num_tiles, int first_row, int end_row, int splits) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int width = p.offsets[m + 1] - p.offsets[m];
+  const int tile_offset = g * kTileColumns + t * 8;
+  uint4 weights[2][2];
+  const auto load_ranks = [&](int first_rank) {
+    const uint32_t tile = module.first_tile + first_rank / kTileRanks * num_tiles + j;
+    const bool has_second = first_rank + kTileRanks < module.rank;
+    const BFloat16* tile_0 = pages.tile(tile) + tile_offset;
+    const BFloat16* tile_1 = has_second ? pages.tile(tile + num_tiles) + tile_offset : nullptr;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      weights[half][0] = load_weights(tile_0 + 32 * half);
+      weights[half][1] = has_second ? load_weights(tile_1 + 32 * half) : zeros();
+    }
+  };
+  // What no kernel before this one writes is on its way already when those have ended.
+  load_ranks(0);
+  wait_for_previous_kernel();
   // Of the result, this lane writes one row of each row tile, 8 columns of each half.
   BFloat16* y = static_cast<BFloat16*>(p.activations) + p.offsets[m];
   const int own_row = first_row + 2 * t + g % 2, own_column = j * kTileColumns + g / 2 * 8;
@@ -250,17 +270,7 @@ __device__ void expand_tile(const LoraParams& p, const Pages& pages, const Modul
   }
   float sums[kRowTiles][2][2][4] = {};
   for (int first_rank = 0; first_rank < module.rank; first_rank += 16) {
-    const uint32_t tile = module.first_tile + first_rank / kTileRanks * num_tiles + j;
-    const bool has_second = first_rank + kTileRanks < module.rank;
-    const int offset = g * kTileColumns + t * 8;
-    const BFloat16* tile_0 = pages.tile(tile) + offset;
-    const BFloat16* tile_1 = has_second ? pages.tile(tile + num_tiles) + offset : nullptr;
-    uint4 weights[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      weights[half][0] = load_weights(tile_0 + 32 * half);
-      weights[half][1] = has_second ? load_weights(tile_1 + 32 * half) : zeros();
-    }
+    if (first_rank > 0) load_ranks(first_rank);
     uint32_t high[kRowTiles][2], low[kRowTiles][2];
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
@@ -316,19 +326,22 @@ __device__ void expand_tile(const LoraParams& p, const Pages& pages, const Modul
 
 __global__ void __launch_bounds__(kThreads, 2)
     expand_kernel(const __grid_constant__ LoraParams p, const __grid_constant__ Geometry geometry) {
+  allow_next_kernel();
   const int num_items = *p.num_items;
   const int splits = num_splits(num_items, p.group_size, geometry.num_blocks);
-  int tiles_before[kMaxGroup + 1] = {};
+  int tiles_before[kMaxGroup + 1];
+  tiles_before[0] = 0;
 #pragma unroll
   for (int m = 0; m < kMaxGroup; ++m) {
     const int width = m < p.group_size ? p.offsets[m + 1] - p.offsets[m] : 0;
     tiles_before[m + 1] = tiles_before[m] + (width + kTileColumns - 1) / kTileColumns;
   }
-  const int num_units = num_items * tiles_before[kMaxGroup];
+  const int num_tiles = tiles_before[kMaxGroup];
+  const int num_units = num_items * num_tiles;
   // Blocks first, so that few units spread over all multiprocessors.
   for (int unit = threadIdx.x / 32 * gridDim.x + blockIdx.x; unit < num_units;
        unit += gridDim.x * kWarps) {
-    const int tile = unit % tiles_before[kMaxGroup];
+    const int tile = unit % num_tiles;
     const int4 item =
         __ldg(reinterpret_cast<const int4*>(p.items) + unit / tiles_before[kMaxGroup]);
     int m = 0, begin = 0, end = tiles_before[1];
@@ -345,10 +358,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       expand_tile<1>(p, pages, module, m, tile - begin, end - begin, item.x, item.y, splits);
       continue;
     }
-    for (int row = item.x; row < item.y; row += 32) {
-      expand_tile<4>(p, pages, module, m, tile - begin, end - begin, row, item.y, splits);
-    }
+    expand_tile<kItemRows / 8>(p, pages, module, m, tile - begin, end - begin, item.x, item.y,
+                               splits);
   }
+  wait_for_previous_kernel();
 }
 
 // ---- float32: no tensor cores, for exactness ----
@@ -441,8 +454,7 @@ const char* lora_shrink(const LoraParams& p, void* stream) {
     shrink_float32_kernel<<<dim3(geometry.num_blocks, p.group_size), kThreads, 0,
                             static_cast<cudaStream_t>(stream)>>>(p);
   } else {
-    shrink_kernel<<<geometry.num_blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        p, geometry);
+    launch(shrink_kernel, dim3(geometry.num_blocks), kThreads, stream, p, geometry);
   }
   return last_error();
 }
@@ -453,8 +465,7 @@ const char* lora_expand(const LoraParams& p, void* stream) {
     expand_float32_kernel<<<dim3(geometry.num_blocks, p.group_size), kThreads, 0,
                             static_cast<cudaStream_t>(stream)>>>(p);
   } else {
-    expand_kernel<<<geometry.num_blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        p, geometry);
+    launch(expand_kernel, dim3(geometry.num_blocks), kThreads, stream, p, geometry);
   }
   return last_error();
 }
