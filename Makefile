@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 ROOMS := engine attention lora entrypoints benchmarks csrc
 SOURCES := $(shell find $(ROOMS) -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
-CPP_SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h')
+CPP_SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format wheel clean
+.PHONY: help demo test test-slow test-gpu check format wheel clean
 
 help:  ## Show what can be made.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ test: $(VENV)/installed  ## Run the tests, against the installed package.
 
 test-slow: $(VENV)/installed  ## Run the tests that take minutes.
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/installed  ## Run the tests that need an NVIDIA GPU; elsewhere they are skipped.
+	$(BIN)/python -m pytest tests/gpu
 
 check: $(VENV)/installed  ## Lint, format and type checks.
 	$(BIN)/ruff check .

@@ -78,7 +78,15 @@ def get_backend(name: str, shape: AttentionShape) -> AttentionBackend:
             "flashinfer serves CUDA devices, native the CPU, and reference both"
         )
     module, attribute = home
-    make: _MakeBackend = getattr(import_module(module), attribute)
+    try:
+        make: _MakeBackend = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ValueError(
+            f"attention_backend={name!r} is not allowed here: the package is not installed; "
+            "pip install 'loraplex[cuda]' brings it"
+        ) from error
     return make(shape)
 
 

@@ -59,6 +59,8 @@ class PooledAdapters:
 class TorchDevice:
     """The model and everything that has tensors; see loraplex.engine.core.Device."""
 
+    runner: ModelRunner | GpuModelRunner
+
     def __init__(self, config: EngineConfig, wake: Callable[[], None]) -> None:
         device = resolve_device(config)
         path = locate_model(config.model, config.revision)

@@ -236,8 +236,8 @@ class GpuModelRunner:
     def _metadata(self, batch: StepBatch, bucket: int | None) -> AttentionMetadata:
         num_rows = len(batch.token_ids) if bucket is None else bucket
         cu_seqlens_q, seq_lens, block_table = batch.cu_seqlens_q, batch.seq_lens, batch.block_table
-        padding = 0 if bucket is None else bucket - len(batch.requests)
-        if padding:
+        if bucket is not None and bucket > len(batch.requests):
+            padding = bucket - len(batch.requests)
             cu_seqlens_q = np.arange(bucket + 1, dtype=np.int32)
             seq_lens = np.concatenate([seq_lens, np.ones(padding, np.int32)])
             block_table = np.pad(block_table, ((0, padding), (0, 0)))
