@@ -9,6 +9,7 @@ must not be used: its 32-bit page offsets wrap in a pool of more than 8 GiB).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,14 +21,17 @@ from loraplex.attention.backend import FLASHINFER_HEAD_DIMS
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 
 Tensor = torch.Tensor
-Wrapper = BatchDecodeWithPagedKVCacheWrapper | BatchPrefillWithPagedKVCacheWrapper
 
 WORKSPACE_BYTES = 256 << 20
 
 
+class _Wrapper(Protocol):
+    def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor], *, out: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedFlashInferAttention:
-    wrapper: Wrapper
+    wrapper: _Wrapper
     slot_mapping: Tensor
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
