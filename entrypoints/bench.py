@@ -9,7 +9,7 @@ from typing import Any
 BENCHMARKS = {
     "offline": "Throughput of the offline engine by number of adapters.",
     "serve": "Latency of an OpenAI-compatible server under traffic that does not wait for it.",
-    "kernels": "The kernels of this machine against what its memory and arithmetic allow.",
+    "kernels": "The CPU kernels against what this machine's memory and arithmetic allow.",
 }
 EXAMPLES = """\
 examples:
@@ -26,6 +26,9 @@ examples:
 `loraplex bench BENCHMARK --help` lists a benchmark's flags. Results are JSON, with the machine,
 the versions and the command in them, and a picture if matplotlib is there.
 """
+
+# Where the module has another name than the benchmark.
+MODULES = {"kernels": "cpu_kernels"}
 
 
 class _Forwarder(argparse.ArgumentParser):
@@ -49,13 +52,6 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """Run a benchmark; what it returns. Raises ValueError, RuntimeError."""
-    module = import_module(f"loraplex.benchmarks.{_module_name(arguments.benchmark)}")
+    name = MODULES.get(arguments.benchmark, arguments.benchmark)
+    module = import_module(f"loraplex.benchmarks.{name}")
     return module.main(arguments.flags, prog=f"loraplex bench {arguments.benchmark}")
-
-
-def _module_name(benchmark: str) -> str:
-    if benchmark != "kernels":
-        return benchmark
-    import torch
-
-    return "gpu_kernels" if torch.cuda.is_available() else "cpu_kernels"
