@@ -3,6 +3,7 @@
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "arguments.h"
@@ -97,9 +98,13 @@ bool has_cuda() {
 #endif
 }
 
+// The parameters alone decide the type: a build without CUDA has nullptr for a kernel.
+template <class Params>
+using CudaKernel = const char* (*)(const std::type_identity_t<Params>&, void*);
+
 // Enqueues a kernel on the stream that torch works on.
 template <class Params>
-void run_on_cuda(const char* function, DLDevice device, const char* (*kernel)(const Params&, void*),
+void run_on_cuda(const char* function, DLDevice device, CudaKernel<Params> kernel,
                  const Params& p) {
   LORAPLEX_REQUIRE(device.device_type == kDLCUDA && kernel != nullptr)
       << function << ": tensors are on a device that this build has no kernels for";
@@ -109,7 +114,7 @@ void run_on_cuda(const char* function, DLDevice device, const char* (*kernel)(co
 
 template <class Params>
 void run(const char* function, DLDevice device, void (*on_cpu)(const Params&),
-         const char* (*on_cuda)(const Params&, void*), const Params& p) {
+         CudaKernel<Params> on_cuda, const Params& p) {
   if (device.device_type == kDLCPU)
     on_cpu(p);
   else

@@ -43,23 +43,6 @@ def test_help_is_quick_and_names_the_flags(flags, words):
     assert done.stdout.endswith("heavy: []\n")
 
 
-@pytest.mark.parametrize("has_gpu", [False, True])
-def test_kernels_are_those_of_the_device(monkeypatch, has_gpu):
-    import types
-
-    import torch
-
-    calls = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    for device in ("cpu", "gpu"):
-        module = types.ModuleType("kernels")
-        module.main = lambda argv, prog, device=device: calls.append((device, argv, prog)) or 7
-        monkeypatch.setitem(sys.modules, f"loraplex.benchmarks.{device}_kernels", module)
-    assert main(["bench", "kernels", "--dtype", "float32"]) == 7
-    device = "gpu" if has_gpu else "cpu"
-    assert calls == [(device, ["--dtype", "float32"], "loraplex bench kernels")]
-
-
 def test_help_of_the_cpu_kernels(capsys):
     with pytest.raises(SystemExit) as caught:
         cpu_kernels.main(["--help"], prog="loraplex bench kernels")
