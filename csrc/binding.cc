@@ -8,6 +8,7 @@
 
 #include "arguments.h"
 #include "cpu/kernels.h"
+#include "cpu/pack.h"
 #include "cpu/plan.h"
 #include "cuda/kernels.h"
 
@@ -16,6 +17,7 @@ namespace {
 
 using tvm::ffi::Array;
 using tvm::ffi::String;
+using tvm::ffi::Tensor;
 
 #define LORAPLEX_TABLE(isa)                                                \
   {#isa,           &isa::rms_norm,  &isa::rope,        &isa::silu_and_mul, \
@@ -393,6 +395,70 @@ void lora_expand(TensorView y, TensorView v, TensorView pool, TensorView segment
   call.run(active->lora_expand);
 }
 
+SourceType source_type(const Argument& argument) {
+  const DLDataType type = argument.tensor.dtype();
+  if (same(type, kFloat32)) return SourceType::kFloat32;
+  if (same(type, kFloat16)) return SourceType::kFloat16;
+  LORAPLEX_REQUIRE(same(type, kBFloat16)) << argument.function << ": " << argument.name
+                                          << " must be of type float32, float16 or bfloat16, got "
+                                          << tvm::ffi::DLDataTypeToString(type);
+  return SourceType::kBFloat16;
+}
+
+PackImage image_of(const Argument& pages, int64_t itemsize) {
+  const char* function = pages.function;
+  LORAPLEX_REQUIRE(itemsize == 2 || itemsize == 4)
+      << function << ": itemsize is " << itemsize << ", allowed is 2 (bfloat16) or 4 (float32)";
+  PackImage image{};
+  image.dtype = itemsize == 2 ? DType::kBFloat16 : DType::kFloat32;
+  pages.has_type(kUint8).has_shape({kAny, kAny}).is_contiguous();
+  image.pages = static_cast<uint8_t*>(pages.tensor.data_ptr());
+  image.num_pages = pages.tensor.size(0);
+  image.page_bytes = pages.tensor.size(1);
+  LORAPLEX_REQUIRE(image.page_bytes >= image.tile_bytes())
+      << function << ": pages must each hold a tile of " << image.tile_bytes() << " bytes, got "
+      << image.page_bytes;
+  return image;
+}
+
+int64_t pack_lora(TensorView pages, int64_t itemsize, Array<Tensor> matrices,
+                  Array<int64_t> first_tiles, Array<bool> are_transposed, Array<double> scalings) {
+  const char* function = "pack_lora";
+  const Argument memory{function, "pages", pages};
+  require_host({memory});
+  const PackImage image = image_of(memory, itemsize);
+  const size_t n = matrices.size();
+  LORAPLEX_REQUIRE(first_tiles.size() == n && are_transposed.size() == n && scalings.size() == n)
+      << function << ": first_tiles, are_transposed and scalings must be as many as matrices, " << n
+      << ", got " << first_tiles.size() << ", " << are_transposed.size() << " and "
+      << scalings.size();
+  const int64_t num_tiles = image.num_pages * image.tiles_per_page();
+  int64_t next_tile = 0;
+  std::vector<PackMatrix> sources;
+  for (size_t i = 0; i < n; ++i) {
+    const std::string name = "matrices[" + std::to_string(i) + "]";
+    const Argument matrix{function, name.c_str(), TensorView(matrices[i])};
+    require_host({matrix});
+    PackMatrix source{};
+    source.type = source_type(matrix.has_shape({kAny, kAny}).has_dense_rows());
+    source.data = matrix.tensor.data_ptr();
+    source.row_stride = matrix.tensor.stride(0);
+    source.is_transposed = are_transposed[i];
+    source.rank = matrix.tensor.size(source.is_transposed ? 1 : 0);
+    source.columns = matrix.tensor.size(source.is_transposed ? 0 : 1);
+    source.scaling = static_cast<float>(scalings[i]);
+    source.first_tile = first_tiles[i];
+    const int64_t last_allowed = num_tiles - source.num_tiles();
+    LORAPLEX_REQUIRE(source.first_tile >= next_tile && source.first_tile <= last_allowed)
+        << function << ": first_tiles[" << i << "] is " << source.first_tile << ", allowed is "
+        << next_tile << " to " << last_allowed << ": behind the matrix before it and inside the "
+        << num_tiles << " tiles of pages";
+    next_tile = source.first_tile + source.num_tiles();
+    sources.push_back(source);
+  }
+  return pack_matrices(image, sources);
+}
+
 }  // namespace
 }  // namespace loraplex
 
@@ -408,3 +474,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(write_kv, loraplex::write_kv);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_attention, loraplex::paged_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(lora_shrink, loraplex::lora_shrink);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(lora_expand, loraplex::lora_expand);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_lora, loraplex::pack_lora);

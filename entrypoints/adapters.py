@@ -34,10 +34,9 @@ def run_adapters(arguments: argparse.Namespace) -> int:
     from loraplex.engine.models.registry import lora_spec
     from loraplex.lora.inspect import inspect_adapter
 
-    spec = page_bytes = None
+    base = None
     if arguments.model is not None:
-        spec, page_bytes = lora_spec(arguments.model, arguments.revision, arguments.dtype)
-    dtype = getattr(torch, arguments.dtype)
-    report = inspect_adapter(arguments.path, spec, page_bytes, dtype)
+        base = lora_spec(arguments.model, arguments.revision, arguments.dtype)
+    report = inspect_adapter(arguments.path, base, getattr(torch, arguments.dtype))
     sys.stdout.write(report.render() + "\n")
     return 0 if report.fits else 1

@@ -18,7 +18,7 @@ from threading import Lock
 
 import torch
 
-from loraplex.lora.image import AdapterImage, pack_image
+from loraplex.lora.image import AdapterImage
 from loraplex.lora.loader import load_adapter
 from loraplex.lora.spec import AdapterError, BaseModelSpec
 
@@ -216,8 +216,9 @@ class HostAdapterStore:
         start = time.monotonic()
         outcome: AdapterImage | AdapterError
         try:
-            weights = load_adapter(path, self._spec, self._dtype)
-            outcome = pack_image(weights, self._spec, self._page_bytes)
+            outcome = load_adapter(path, self._spec, self._page_bytes, self._dtype)
+            if torch.cuda.is_available():
+                outcome.pin()
         except AdapterError as error:
             outcome = error
         except Exception as error:

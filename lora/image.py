@@ -10,21 +10,43 @@ tile on, zero padded. Layers follow one another, as the forward pass goes.
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.lora.loader import AdapterWeights, Place
-from loraplex.lora.spec import BaseModelSpec
+from loraplex import native
+from loraplex.lora.spec import AdapterError, BaseModelSpec
 
 TILE_RANKS = 8
 TILE_COLUMNS = 64
 TILE_ELEMENTS = TILE_RANKS * TILE_COLUMNS
 HEADER_FIELDS = 4
+
+Place = tuple[int, int]
+"""(layer, module id)"""
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """An adapter's matrices by place, float32, float16 or bfloat16."""
+
+    a: dict[Place, torch.Tensor]  # [rank, in_features]
+    b: dict[Place, torch.Tensor]  # [out_features, rank]
+    dtype: torch.dtype
+    """Of the image: the model's."""
+    scalings: dict[Place, float] = field(default_factory=dict)
+    """What B is to be multiplied with, where that is not 1."""
+
+    @property
+    def ranks(self) -> dict[Place, int]:
+        return {place: a.shape[0] for place, a in self.a.items()}
 
 
 @dataclass(frozen=True)
@@ -41,7 +63,7 @@ class ImageLayout:
 class AdapterImage:
     """An adapter as it goes into the pool."""
 
-    buffer: torch.Tensor  # uint8 [num_pages * page_bytes], pinned where there is CUDA
+    buffer: torch.Tensor  # uint8 [num_pages * page_bytes]
     num_pages: int
     max_rank: int
     module_mask: int
@@ -56,6 +78,17 @@ class AdapterImage:
     def pages(self) -> torch.Tensor:
         """The buffer as uint8 [num_pages, page_bytes]."""
         return self.buffer.view(self.num_pages, -1)
+
+    def pin(self) -> None:
+        """Lock the buffer's memory while the image lives: CUDA devices copy it as it is then."""
+        error = torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.num_bytes, 0)
+        torch.cuda.check_error(int(error))
+        # By the time the program ends, the driver has forgotten it.
+        weakref.finalize(self, _unpin, self.buffer).atexit = False
+
+
+def _unpin(buffer: torch.Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
 
 def layout_image(
@@ -89,28 +122,42 @@ def image_num_pages(
 
 
 def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) -> AdapterImage:
-    """Pack an adapter. The buffer is in pinned memory where there is CUDA."""
-    # In numpy, which computes in the calling thread: torch would hand the work to OpenMP threads
-    # that fight with those of the model's forward pass.
+    """Pack an adapter, its values times their scalings rounded once.
+
+    Raises AdapterError if a value is not finite, in the weights or as the image's dtype has it.
+    """
     ranks, dtype = weights.ranks, weights.dtype
     layout = layout_image(ranks, spec, page_bytes, dtype.itemsize)
-    buffer = torch.empty(
-        layout.num_pages * page_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
-    )
-    pages = buffer.numpy().reshape(layout.num_pages, page_bytes)
-    pages.fill(0)
-    pages[0, : layout.header.nbytes] = layout.header.view(np.uint8).reshape(-1)
-    slots = _tile_slots(pages, layout, dtype)
-    for (module_id, _rank), layers in _group_by_shape(ranks).items():
-        places = [(layer, module_id) for layer in layers]
-        a = np.stack([_bits(weights.a[place]) for place in places])
-        b = np.stack([_bits(weights.b[place]) for place in places]).transpose(0, 2, 1)
-        for field, matrices in enumerate((a, b)):
-            tiles = _to_tiles(matrices)
-            numbers = layout.header[layers, module_id, field, None] + np.arange(tiles.shape[1])
-            slots[np.divmod(numbers, layout.tiles_per_page)] = tiles
+    buffer = _allocate(layout.num_pages * page_bytes)
+    matrices, first_tiles, sides, scalings = [], [], [], []
+    places = sorted(ranks)
+    for place in places:
+        a_tile, b_tile = layout.header[place][:2].tolist()
+        matrices += [weights.a[place], weights.b[place]]
+        first_tiles += [a_tile, b_tile]
+        sides += [False, True]
+        scalings += [1.0, weights.scalings.get(place, 1.0)]
+    pages = buffer.view(layout.num_pages, page_bytes)
+    # One call, in which others may hold the interpreter's lock: packing takes milliseconds.
+    index = native.pack_lora(pages, dtype.itemsize, matrices, first_tiles, sides, scalings)
+    if index >= 0:
+        name = f"{spec.module_path(*places[index // 2])}.lora_{'AB'[index % 2]}.weight"
+        raise AdapterError(
+            f"tensor 'base_model.model.{name}' is not allowed: it holds infinite or NaN values, or "
+            f"gets them as {dtype} times the scaling {scalings[index]:g}"
+        )
+    buffer[: layout.header.nbytes] = torch.from_numpy(layout.header.view(np.uint8).reshape(-1))
     module_mask = sum(1 << module_id for module_id in {module_id for _, module_id in ranks})
     return AdapterImage(buffer, layout.num_pages, max(ranks.values()), module_mask, dtype)
+
+
+def _allocate(num_bytes: int) -> torch.Tensor:
+    """Pages of memory that nothing else is in, as pinning asks; large ones, which are quicker to
+    come by, where the system has them."""
+    memory = mmap.mmap(-1, num_bytes)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def unpack_image(image: AdapterImage, spec: BaseModelSpec) -> AdapterWeights:
@@ -132,23 +179,6 @@ def unpack_image(image: AdapterImage, spec: BaseModelSpec) -> AdapterWeights:
     return weights
 
 
-def _group_by_shape(ranks: Mapping[Place, int]) -> dict[tuple[int, int], list[int]]:
-    """Layers by (module id, rank): their matrices have one shape, and are packed in one go."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for (layer, module_id), rank in ranks.items():
-        groups.setdefault((module_id, rank), []).append(layer)
-    return groups
-
-
-def _bits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """An integer of this size: numpy has no bfloat16, and nothing is computed here."""
-    return {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-
-
-def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    return tensor.view(_bits_dtype(tensor.dtype)).numpy()
-
-
 def _tile_slots(
     pages: npt.NDArray[np.uint8], layout: ImageLayout, dtype: torch.dtype
 ) -> npt.NDArray[Any]:
@@ -156,17 +186,6 @@ def _tile_slots(
     used = pages[:, : layout.tiles_per_page * TILE_ELEMENTS * dtype.itemsize]
     shape = layout.num_pages, layout.tiles_per_page, TILE_ELEMENTS
     return used.view(f"i{dtype.itemsize}").reshape(shape)
-
-
-def _to_tiles(matrices: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """[n, rank, columns] to the tiles of each: [n, num_tiles, TILE_ELEMENTS]."""
-    num_matrices, rank, columns = matrices.shape
-    rank_tiles, column_tiles = -(-rank // TILE_RANKS), -(-columns // TILE_COLUMNS)
-    padding = (0, rank_tiles * TILE_RANKS - rank), (0, column_tiles * TILE_COLUMNS - columns)
-    blocks = np.pad(matrices, ((0, 0), *padding)).reshape(
-        num_matrices, rank_tiles, TILE_RANKS, column_tiles, TILE_COLUMNS
-    )
-    return blocks.swapaxes(2, 3).reshape(num_matrices, -1, TILE_ELEMENTS)
 
 
 def _from_tiles(tiles: npt.NDArray[Any], rank: int, columns: int) -> npt.NDArray[Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from loraplex.lora.image import image_num_pages
 from loraplex.lora.loader import (
     TargetedModule,
     load_adapter,
@@ -70,26 +69,24 @@ class AdapterReport:
 
 
 def inspect_adapter(
-    path: str,
-    spec: BaseModelSpec | None,
-    page_bytes: int | None,
-    dtype: torch.dtype = torch.bfloat16,
+    path: str, base: tuple[BaseModelSpec, int] | None, dtype: torch.dtype = torch.bfloat16
 ) -> AdapterReport:
     """Inspect an adapter as the engine would load it for a base model of this dtype.
 
-    Without spec only what the adapter says of itself is checked, and no weight is read. Without
-    page_bytes its pages are not counted. What is wrong with the adapter is never raised.
+    base: what the base model offers, and the bytes of a page of its pool. Without it only what the
+    adapter says of itself is checked, and no weight is read. What is wrong with the adapter is
+    never raised.
     """
     report = AdapterReport(path)
     try:
-        _examine(report, spec, page_bytes, dtype)
+        _examine(report, base, dtype)
     except ValueError as error:
         report.refusal = str(error)
     return report
 
 
 def _examine(
-    report: AdapterReport, spec: BaseModelSpec | None, page_bytes: int | None, dtype: torch.dtype
+    report: AdapterReport, base: tuple[BaseModelSpec, int] | None, dtype: torch.dtype
 ) -> None:
     """Fill in the report, as far as it goes."""
     directory = Path(report.path)
@@ -97,13 +94,12 @@ def _examine(
     with open_weights(directory) as file:
         report.num_file_bytes = (directory / WEIGHTS_FILE).stat().st_size
         report.modules = read_targeted_modules(file, report.config)
-    if spec is None:
+    if base is None:
         return
+    spec, page_bytes = base
     report.architecture = spec.architecture
-    weights = load_adapter(directory, spec, dtype)
-    if page_bytes is not None:
-        report.page_bytes = page_bytes
-        report.num_pages = image_num_pages(weights.ranks, spec, page_bytes, dtype.itemsize)
+    report.page_bytes = page_bytes
+    report.num_pages = load_adapter(directory, spec, page_bytes, dtype).num_pages
 
 
 def _module_facts(

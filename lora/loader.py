@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from loraplex.lora.image import AdapterImage, AdapterWeights, Place, pack_image
 from loraplex.lora.peft_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -24,12 +24,6 @@ from loraplex.lora.spec import AdapterError, BaseModelSpec
 
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 SERVED_DTYPES = ("F32", "F16", "BF16")
-# Torch computes this many elements in the calling thread. It spreads larger operations over OpenMP
-# threads, which fight with those of the model's forward pass.
-SERIAL_ELEMENTS = 32_000
-
-Place = tuple[int, int]
-"""(layer, module id)"""
 
 
 @dataclass(frozen=True)
@@ -53,21 +47,10 @@ class TargetedModule:
         return f"base_model.model.{self.name}.lora_B.weight"
 
 
-@dataclass(frozen=True)
-class AdapterWeights:
-    """An adapter's matrices in the model's dtype, by place."""
-
-    a: dict[Place, torch.Tensor]  # [rank, in_features]
-    b: dict[Place, torch.Tensor]  # [out_features, rank], times the scaling
-    dtype: torch.dtype
-
-    @property
-    def ranks(self) -> dict[Place, int]:
-        return {place: a.shape[0] for place, a in self.a.items()}
-
-
-def load_adapter(path: str | Path, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterWeights:
-    """Read the PEFT adapter in a directory for a base model.
+def load_adapter(
+    path: str | Path, spec: BaseModelSpec, page_bytes: int, dtype: torch.dtype
+) -> AdapterImage:
+    """Read the PEFT adapter in a directory for a base model, into pages of page_bytes.
 
     The scaling goes into B, in fp32, before the one rounding to dtype.
     Raises AdapterError, naming the tensor or the setting, if any part of it cannot be served.
@@ -80,11 +63,14 @@ def load_adapter(path: str | Path, spec: BaseModelSpec, dtype: torch.dtype) -> A
         modules = read_targeted_modules(file, config)
         places = [locate(module, spec) for module in modules]
         for place, module in zip(places, modules, strict=True):
-            weights.a[place] = _read(file, module.tensor_a, 1.0, dtype)
-            weights.b[place] = _read(file, module.tensor_b, module.scaling, dtype)
+            # The file itself, mapped into memory: packing reads it.
+            weights.a[place] = file.get_tensor(module.tensor_a)
+            weights.b[place] = file.get_tensor(module.tensor_b)
+            weights.scalings[place] = module.scaling
+        image = pack_image(weights, spec, page_bytes)
     if adapter_fingerprint(str(path)) != fingerprint:
         raise AdapterError(f"the files in {str(directory)!r} changed while they were being read")
-    return weights
+    return image
 
 
 @contextmanager
@@ -182,19 +168,3 @@ def locate(module: TargetedModule, spec: BaseModelSpec) -> Place:
                 f"{base.name} has {base.in_features} inputs and {base.out_features} outputs"
             )
     return layer, module_id
-
-
-def _read(file: Any, name: str, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor times a scaling, rounded once. Raises AdapterError if it is not all finite."""
-    source = file.get_tensor(name)
-    result = torch.empty(source.shape, dtype=dtype)
-    source_elements, result_elements = source.flatten(), result.view(-1)
-    for start in range(0, source.numel(), SERIAL_ELEMENTS):
-        chunk = result_elements[start : start + SERIAL_ELEMENTS]
-        chunk.copy_(source_elements[start : start + SERIAL_ELEMENTS].float() * scaling)
-        if not all(math.isfinite(extreme) for extreme in torch.aminmax(chunk)):
-            raise AdapterError(
-                f"tensor {name!r} is not allowed: it holds infinite or NaN values, or gets them "
-                f"as {dtype} times the scaling {scaling:g}"
-            )
-    return result

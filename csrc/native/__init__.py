@@ -78,6 +78,16 @@ lora_expand: Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int, Sequence[int]], None
 ] = _library.lora_expand
 """(y, v, pool, segment_indptr, page_tables, layer, modules, num_modules, offsets)"""
+pack_lora: Callable[
+    [Tensor, int, Sequence[Tensor], Sequence[int], Sequence[bool], Sequence[float]], int
+] = _library.pack_lora
+"""(pages, itemsize, matrices, first_tiles, are_transposed, scalings), lora/image.py's format.
+
+Converts matrices (float32, float16 or bfloat16; A [rank, columns], or B [columns, rank], which is
+transposed) times their scalings to pages, uint8 [num_pages, page_bytes], as float32 or bfloat16 by
+itemsize, rounded once. They are in the order of their tiles; every other byte becomes 0. Returns
+the index of the first with a result that is not finite, which ends the packing, or -1.
+"""
 
 if has_cuda():
     cuda_lora_shrink: Callable[

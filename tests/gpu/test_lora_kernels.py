@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from loraplex import native
-from loraplex.lora.image import pack_image
-from loraplex.lora.loader import AdapterWeights
+from loraplex.lora.image import AdapterWeights, pack_image
 from loraplex.lora.plan import MAX_RANK, SPLITS, plan_items
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
 

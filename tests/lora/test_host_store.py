@@ -13,7 +13,7 @@ import torch
 from loraplex.benchmarks.synthetic_adapters import llama_spec, write_adapter
 from loraplex.lora import host_store
 from loraplex.lora.host_store import HostAdapterStore
-from loraplex.lora.image import AdapterImage, pack_image
+from loraplex.lora.image import AdapterImage
 from loraplex.lora.loader import load_adapter
 from loraplex.lora.spec import AdapterError
 
@@ -52,12 +52,12 @@ class Gate:
         self.paths: list[str] = []
         self.failing = False
 
-        def gated(path, spec, dtype):
+        def gated(path, spec, page_bytes, dtype):
             self.paths.append(str(path))
             assert self.opened.wait(20)
             if self.failing:
                 raise AdapterError("out of order")
-            return load_adapter(path, spec, dtype)
+            return load_adapter(path, spec, page_bytes, dtype)
 
         monkeypatch.setattr(host_store, "load_adapter", gated)
 
@@ -77,7 +77,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def image_bytes(paths: list[str]) -> int:
-    return pack_image(load_adapter(paths[0], SPEC, DTYPE), SPEC, PAGE_BYTES).num_bytes
+    return load_adapter(paths[0], SPEC, PAGE_BYTES, DTYPE).num_bytes
 
 
 def test_nobody_waits_and_the_image_is_the_adapters(paths, gate):
@@ -88,7 +88,7 @@ def test_nobody_waits_and_the_image_is_the_adapters(paths, gate):
         assert time.monotonic() - start < 5, "get did not wait for the gate"
         gate.opened.set()
         image = get_when_ready(store, "a", paths[0])
-        expected = pack_image(load_adapter(paths[0], SPEC, DTYPE), SPEC, PAGE_BYTES)
+        expected = load_adapter(paths[0], SPEC, PAGE_BYTES, DTYPE)
         assert torch.equal(image.buffer, expected.buffer)
         assert store.load_seconds("a") > 0
         stats = store.stats()
@@ -175,7 +175,7 @@ def test_an_unexpected_error_is_a_failure_too(paths, monkeypatch, caplog):
     def explode(*args):
         raise MemoryError("no more")
 
-    monkeypatch.setattr(host_store, "pack_image", explode)
+    monkeypatch.setattr(host_store, "load_adapter", explode)
     with make_store() as store:
         store.get("a", paths[0])
         wait_until(lambda: store.stats()["failures"] == 1)

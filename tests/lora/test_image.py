@@ -12,12 +12,12 @@ from loraplex.benchmarks.synthetic_adapters import llama_spec
 from loraplex.lora import ops
 from loraplex.lora.image import (
     AdapterImage,
+    AdapterWeights,
     image_num_pages,
     layout_image,
     pack_image,
     unpack_image,
 )
-from loraplex.lora.loader import AdapterWeights
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from loraplex.benchmarks.synthetic_adapters import llama_spec, write_adapter
-from loraplex.lora.image import pack_image
 from loraplex.lora.inspect import inspect_adapter
 from loraplex.lora.loader import load_adapter
 
@@ -25,11 +24,11 @@ def test_report_of_an_adapter_that_fits(tmp_path):
             dtype=torch.float16,
         )
     )
-    report = inspect_adapter(path, SPEC, PAGE_BYTES)
+    report = inspect_adapter(path, (SPEC, PAGE_BYTES))
     assert report.fits
     assert report.refusal is None
     assert report.num_parameters == 4 * 128 + 9 * 128 + 2 * 4 * 160
-    image = pack_image(load_adapter(path, SPEC, torch.bfloat16), SPEC, PAGE_BYTES)
+    image = load_adapter(path, SPEC, PAGE_BYTES, torch.bfloat16)
     assert report.num_pages == image.num_pages
     text = report.render()
     assert "synthetic" in text
@@ -41,7 +40,7 @@ def test_report_of_an_adapter_that_fits(tmp_path):
 
 def test_report_without_a_base_model(tmp_path):
     path = str(write_adapter(tmp_path, SPEC, rank=4, use_rslora=True))
-    report = inspect_adapter(path, None, None)
+    report = inspect_adapter(path, None)
     assert report.fits
     assert "scaling 2 (alpha / sqrt(rank))" in report.render()
     assert "against no base model" in report.render()
@@ -49,7 +48,7 @@ def test_report_without_a_base_model(tmp_path):
 
 def test_report_of_a_refused_adapter_still_tells_what_it_is(tmp_path):
     path = str(write_adapter(tmp_path, SPEC, rank=4))
-    report = inspect_adapter(path, llama_spec(hidden=128), PAGE_BYTES)
+    report = inspect_adapter(path, (llama_spec(hidden=128), PAGE_BYTES))
     assert not report.fits
     assert report.refusal is not None
     assert report.refusal in report.render()
@@ -59,12 +58,12 @@ def test_report_of_a_refused_adapter_still_tells_what_it_is(tmp_path):
 
 def test_report_of_what_is_no_adapter(tmp_path):
     for path in (str(tmp_path), str(tmp_path / "nowhere")):
-        report = inspect_adapter(path, SPEC, PAGE_BYTES)
+        report = inspect_adapter(path, (SPEC, PAGE_BYTES))
         assert not report.fits
         assert "refused:" in report.render()
 
 
 def test_a_setting_that_is_not_served_is_named(tmp_path):
-    report = inspect_adapter(str(write_adapter(tmp_path, SPEC, use_dora=True)), None, None)
+    report = inspect_adapter(str(write_adapter(tmp_path, SPEC, use_dora=True)), None)
     assert not report.fits
     assert "use_dora=True" in report.render()

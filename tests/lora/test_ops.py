@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from loraplex.lora import ops, reference
-from loraplex.lora.image import pack_image
-from loraplex.lora.loader import AdapterWeights
+from loraplex.lora.image import AdapterWeights, pack_image
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
 
 NUM_MODULES = 7

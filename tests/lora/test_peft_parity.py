@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.benchmarks.synthetic_adapters import llama_spec
-from loraplex.lora.image import pack_image, unpack_image
+from loraplex.lora.image import unpack_image
 from loraplex.lora.loader import load_adapter
 
 SPEC = llama_spec(num_layers=3)
@@ -69,7 +69,7 @@ def test_delta_weights_are_pefts(tmp_path, model, config):
     peft_model = PeftModel.from_pretrained(peft_model.unload(), tmp_path)
 
     # Through an image and back, so that all the way to the kernels is what PEFT computes.
-    image = pack_image(load_adapter(tmp_path, SPEC, torch.float32), SPEC, page_bytes=3 * 2048 + 64)
+    image = load_adapter(tmp_path, SPEC, 3 * 2048 + 64, torch.float32)
     weights = unpack_image(image, SPEC)
 
     expected = {
