@@ -42,8 +42,8 @@ class AttentionBackend(Protocol):
 
     @property
     def supports_graphs(self) -> bool:
-        """Whether what `run` launches for batches of one query row per request stays the same but
-        for what `plan` leaves at fixed addresses, so that a CUDA graph can hold it."""
+        """Whether what `run` launches for batches of one graph_num_tokens stays the same but for
+        what `plan` leaves at fixed addresses, so that a CUDA graph can hold it."""
         ...
 
     def plan(self, metadata: AttentionMetadata) -> PlannedAttention: ...

@@ -46,3 +46,6 @@ class AttentionMetadata:
     """int64 [num_tokens], page * block_size + offset where each row's K and V are written."""
     max_query_len: int
     """The most query rows of one request."""
+    graph_num_tokens: int | None = None
+    """Rows of the CUDA graph in which the step is to run; None: in none. The step's own rows come
+    first in them, and requests without rows have been added up to the graph's number."""

@@ -26,7 +26,7 @@ from loraplex.lora.spec import BaseModelSpec
 
 MAX_DEFAULT_POOL_BYTES = 4 * GIB
 DEFAULT_POOL_SHARE = 0.4
-NUM_LOADER_THREADS = 4
+MIN_LOADER_THREADS, MAX_LOADER_THREADS = 4, 8
 DEFAULT_GPU_SHARE = 0.9
 # Of the pool that activations are measured with: they only touch the scratch page.
 MEASURING_PAGES = 2
@@ -106,7 +106,7 @@ class TorchDevice:
             self.page_bytes,
             dtype,
             capacity_bytes=config.host_adapter_bytes,
-            num_threads=NUM_LOADER_THREADS,
+            num_threads=_num_loader_threads(),
             on_change=wake,
         )
         self.adapter_store = PooledAdapters(self._store, memory)
@@ -183,6 +183,11 @@ def _resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:
             f"the model was trained for {trained_len} positions"
         )
     return max_model_len
+
+
+def _num_loader_threads() -> int:
+    """They mostly wait for disks, but packing takes a core each."""
+    return min(max(MIN_LOADER_THREADS, (os.cpu_count() or 1) // 2), MAX_LOADER_THREADS)
 
 
 def _default_pool_bytes() -> int:

@@ -1,14 +1,15 @@
 """Runs the model on a CUDA device, a step ahead of the host. Knows no scheduling.
 
-Decode steps, in which every request has one row, replay CUDA graphs: one for each bucket of batch
-sizes, with LoRA and without. What differs between two steps of a bucket lies in buffers at fixed
-addresses. Other steps launch their kernels one by one.
+Steps of few rows, whether they decode or begin short prompts, replay CUDA graphs: one for each
+bucket of rows, with LoRA and without. What differs between two steps of a bucket lies in buffers at
+fixed addresses. Other steps launch their kernels one by one, while the device works on the last.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -28,24 +29,26 @@ from loraplex.lora.plan import ITEM_FIELDS, MAX_RANK, SPLITS, max_items, plan_it
 from loraplex.lora.spec import BaseModelSpec
 
 Tensor = torch.Tensor
-MAX_GRAPH_BATCH = 512
-SCRATCH_PAGE = np.zeros((1, 1), np.int32)
+# Rows of the largest graph. The host launches a larger step's kernels in less time than they take.
+MAX_GRAPH_TOKENS = 512
+# A graph's attention goes through a prompt a few query rows at a time, as it does through requests
+# that decode. What it may read of keys for that, in query rows times context.
+MAX_GRAPH_PREFILL = 1 << 17
 
 
-def graph_buckets(max_num_seqs: int) -> list[int]:
-    """Batch sizes to make graphs for: close enough together that little is computed in vain."""
-    largest = min(max_num_seqs, MAX_GRAPH_BATCH)
-    buckets = [1, 2, 4, *range(8, 64, 8), *range(64, largest, 16)]
+def graph_buckets(max_num_tokens: int) -> list[int]:
+    """Numbers of rows to make graphs for: so close together that little is computed in vain."""
+    largest = min(max_num_tokens, MAX_GRAPH_TOKENS)
+    buckets = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, largest, 32)]
     return [bucket for bucket in buckets if bucket < largest] + [largest]
 
 
 @dataclass(slots=True)
-class GraphOutput:
-    """A captured decode step, and where it leaves its results."""
+class CapturedForward:
+    """A captured forward pass, and where it leaves its results."""
 
     graph: torch.cuda.CUDAGraph
-    logits: Tensor  # [bucket, vocab_size]
-    greedy: Tensor  # int64 [bucket]
+    hidden: Tensor  # [bucket, hidden_size]
 
 
 @dataclass(slots=True)
@@ -104,8 +107,8 @@ class GpuModelRunner:
         )
         self._last_token = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)
         self._uploaded = torch.cuda.Event()
-        self._graphs: dict[tuple[int, int], GraphOutput] = {}
-        self._buckets = graph_buckets(max_num_seqs)
+        self._graphs: dict[tuple[int, int], CapturedForward] = {}
+        self._buckets = graph_buckets(max_num_batched_tokens)
         # Modules whose LoRA products a graph may hold: none, the attention's, all.
         names = [module.path for module in spec.modules]
         attention = sum(1 << m for m, name in enumerate(names) if "attn" in name)
@@ -124,9 +127,9 @@ class GpuModelRunner:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        for num_tokens in (self._max_num_tokens, min(self._max_num_tokens, MAX_GRAPH_BATCH)):
+        for num_tokens in (self._max_num_tokens, self._buckets[-1]):
             hidden = self._forward(
-                num_tokens, self._plan_idle(num_tokens, 1), self._graph_masks[-1]
+                num_tokens, self._plan_idle([num_tokens], None), self._graph_masks[-1]
             )
             logits = self._model.logits(hidden[: min(num_tokens, self._max_num_seqs)])
             logits.float().softmax(-1)
@@ -138,35 +141,41 @@ class GpuModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Make the graphs of decode steps, the largest first: the others fit in its memory."""
+        """Make the graphs, the largest first: the others fit in its memory."""
         pool = torch.cuda.graph_pool_handle()
         progress = {"desc": "Capturing graphs", "unit": "batch size", "leave": False}
         for bucket in tqdm(self._buckets[::-1], **progress):
-            attention = self._plan_idle(bucket, bucket)
+            num_requests = self._num_requests(bucket)
+            query_lens = [1] * (num_requests - 1) + [bucket - num_requests + 1]
+            attention = self._plan_idle(query_lens, bucket)
             for mask in self._graph_masks:
                 # Once outside of the graph: libraries make their handles at the first call.
-                self._decode(bucket, attention, mask)
+                self._forward(bucket, attention, mask)
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    logits, greedy = self._decode(bucket, attention, mask)
-                self._graphs[bucket, mask] = GraphOutput(graph, logits, greedy)
+                    hidden = self._forward(bucket, attention, mask)
+                self._graphs[bucket, mask] = CapturedForward(graph, hidden)
 
-    def _plan_idle(self, num_tokens: int, num_requests: int) -> Any:
+    def _num_requests(self, bucket: int) -> int:
+        """Requests of a bucket's steps: as many as there can be."""
+        return min(bucket, self._max_num_seqs)
+
+    def _plan_idle(self, query_lens: list[int], bucket: int | None) -> Any:
         """Attention for rows that only touch the scratch page."""
-        per_request = num_tokens // num_requests
+        num_tokens, longest = sum(query_lens), max(query_lens)
         self._inputs.host["num_items"][0] = 0
         self._inputs.put("token_slots", np.full(num_tokens, -1))
         self._inputs.upload()
+        num_blocks = -(-longest // self._block_size)
         return self._backend.plan(
             AttentionMetadata(
-                cu_seqlens_q=torch.arange(num_requests + 1, dtype=torch.int32) * per_request,
-                seq_lens=torch.full((num_requests,), per_request, dtype=torch.int32),
-                block_table=torch.zeros(
-                    num_requests, -(-per_request // self._block_size), dtype=torch.int32
-                ),
+                cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32),
+                seq_lens=torch.tensor(query_lens, dtype=torch.int32),
+                block_table=torch.zeros(len(query_lens), num_blocks, dtype=torch.int32),
                 slot_mapping=self._inputs.device["slot_mapping"][:num_tokens],
-                max_query_len=per_request,
+                max_query_len=longest,
+                graph_num_tokens=bucket,
             )
         )
 
@@ -183,34 +192,31 @@ class GpuModelRunner:
         attention = self._backend.plan(self._metadata(batch, bucket))
         self._inputs.upload()
         self._uploaded.record()
-        rows = self._inputs.device["logits_rows"][: len(batch.logits_rows)]
-        if bucket is not None:
-            logits, greedy = self._run_decode(bucket, attention, batch.module_mask)
-            return self._sample(batch, logits, greedy, rows, [])
-        hidden = self._forward(num_tokens, attention, batch.module_mask)
+        run = self._forward if bucket is None else self._run_bucket
+        hidden = run(num_tokens if bucket is None else bucket, attention, batch.module_mask)
         prompt_logprobs = [
             score_prompt(self._model, span, hidden) for span in batch.prompt_logprobs
         ]
-        logits = self._model.logits(hidden[rows])
-        return self._sample(batch, logits, logits.argmax(-1), None, prompt_logprobs)
+        rows = self._inputs.device["logits_rows"][: len(batch.logits_rows)]
+        return self._sample(batch, self._model.logits(hidden[rows]), prompt_logprobs)
 
-    def _run_decode(self, bucket: int, attention: Any, module_mask: int) -> tuple[Tensor, Tensor]:
-        """Logits and greedy tokens of a padded decode step, by its graph if there is one."""
+    def _run_bucket(self, bucket: int, attention: Any, module_mask: int) -> Tensor:
+        """Hidden states of a padded step, by its graph if there is one."""
         if not self._graphs:
-            return self._decode(bucket, attention, module_mask)
+            return self._forward(bucket, attention, module_mask)
         mask = next(m for m in self._graph_masks if not module_mask & ~m)
-        output = self._graphs[bucket, mask]
-        output.graph.replay()
-        return output.logits, output.greedy
+        captured = self._graphs[bucket, mask]
+        captured.graph.replay()
+        return captured.hidden
 
     def _find_bucket(self, batch: StepBatch) -> int | None:
-        """The batch size to pad a decode step to. The same with and without graphs, so that both
-        multiply alike."""
-        num_rows = len(batch.token_ids)
-        if num_rows != len(batch.requests) or batch.prompt_logprobs:
+        """The number of rows to pad a step to, if it is for a graph. The same with and without
+        graphs, so that both multiply alike."""
+        num_tokens, query_lens = len(batch.token_ids), batch.num_new_tokens
+        prefill = int((query_lens * batch.seq_lens)[query_lens > 1].sum())
+        if num_tokens > self._buckets[-1] or prefill > MAX_GRAPH_PREFILL:
             return None
-        index = bisect_left(self._buckets, num_rows)
-        return self._buckets[index] if index < len(self._buckets) else None
+        return self._buckets[bisect_left(self._buckets, num_tokens)]
 
     def _stage(self, batch: StepBatch, num_rows: int) -> None:
         """Put the step's arrays where the device gets them. Rows beyond the batch's are padding:
@@ -234,19 +240,20 @@ class GpuModelRunner:
         inputs.host["num_items"][0] = num_items
 
     def _metadata(self, batch: StepBatch, bucket: int | None) -> AttentionMetadata:
-        num_rows = len(batch.token_ids) if bucket is None else bucket
+        num_tokens = len(batch.token_ids)
         cu_seqlens_q, seq_lens, block_table = batch.cu_seqlens_q, batch.seq_lens, batch.block_table
-        if bucket is not None and bucket > len(batch.requests):
-            padding = bucket - len(batch.requests)
-            cu_seqlens_q = np.arange(bucket + 1, dtype=np.int32)
-            seq_lens = np.concatenate([seq_lens, np.ones(padding, np.int32)])
+        if bucket is not None:
+            padding = self._num_requests(bucket) - len(seq_lens)
+            cu_seqlens_q = np.pad(cu_seqlens_q, (0, padding), mode="edge")
+            seq_lens = np.pad(seq_lens, (0, padding))
             block_table = np.pad(block_table, ((0, padding), (0, 0)))
         return AttentionMetadata(
             cu_seqlens_q=torch.from_numpy(cu_seqlens_q),
             seq_lens=torch.from_numpy(seq_lens),
             block_table=torch.from_numpy(block_table),
-            slot_mapping=self._inputs.device["slot_mapping"][:num_rows],
+            slot_mapping=self._inputs.device["slot_mapping"][: bucket or num_tokens],
             max_query_len=int(batch.num_new_tokens.max()),
+            graph_num_tokens=bucket,
         )
 
     def _forward(self, num_tokens: int, attention: Any, module_mask: int) -> Tensor:
@@ -259,11 +266,6 @@ class GpuModelRunner:
         lora = self._lora_batch(num_tokens, module_mask) if module_mask else None
         batch = DeviceBatch(attention=attention, kv_caches=self._kv_caches, lora=lora)
         return self._model.forward(token_ids, device["positions"][:num_tokens], batch)
-
-    def _decode(self, bucket: int, attention: Any, module_mask: int) -> tuple[Tensor, Tensor]:
-        hidden = self._forward(bucket, attention, module_mask)
-        logits = self._model.logits(hidden)
-        return logits, logits.argmax(-1)
 
     def _lora_batch(self, num_tokens: int, module_mask: int) -> CudaLoRABatch:
         device = self._inputs.device
@@ -280,21 +282,14 @@ class GpuModelRunner:
         )
 
     def _sample(
-        self,
-        batch: StepBatch,
-        logits: Tensor,
-        greedy: Tensor,
-        rows: Tensor | None,
-        prompt_logprobs: list[list[TokenLogprobs]],
+        self, batch: StepBatch, logits: Tensor, prompt_logprobs: list[list[TokenLogprobs]]
     ) -> PendingGpuStep:
-        """Choose tokens, keep them for later steps, and send them to the host. Of logits and greedy
-        tokens these rows count; all if None."""
+        """Choose tokens, keep them for later steps, and send them to the host."""
         sampling, logprobs = batch.sampling, None
         is_greedy = not sampling.temperature.any() and sampling.adjustments is None
         if is_greedy and (sampling.num_logprobs < 0).all():
-            chosen = greedy if rows is None else greedy[rows]
+            chosen = logits.argmax(-1)
         else:
-            logits = logits if rows is None else logits[rows]
             sampled = sampler.sample(logits, sampling)
             chosen = torch.from_numpy(sampled.token_ids).to(self._device)
             logprobs = sampled.logprobs
