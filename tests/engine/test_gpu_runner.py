@@ -107,7 +107,8 @@ def adapters(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     }
 
 
-def generate(model_path: Path, adapters: dict[str, str], **params) -> list[list[int]]:
+def generate(model_path: Path, adapters: dict[str, str], **params) -> list[tuple]:
+    """Each request's tokens and log-probabilities."""
     generator = torch.Generator().manual_seed(1)
     cases = [
         (torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist(), name)
@@ -127,7 +128,8 @@ def generate(model_path: Path, adapters: dict[str, str], **params) -> list[list[
             use_tqdm=False,
         )
         llm.check_integrity()
-    return [output.outputs[0].token_ids for output in outputs]
+    completions = [output.outputs[0] for output in outputs]
+    return [(completion.token_ids, completion.logprobs) for completion in completions]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +147,16 @@ def test_tokens_are_those_of_the_cpu_runner(
     expected = generate(model_path, adapters, **params)
     runners = request.getfixturevalue("on_gpu_runner")
     monkeypatch.setattr(gpu_runner, "MAX_GRAPH_PREFILL", max_graph_prefill)
-    assert generate(model_path, adapters, **params) == expected
+    results = generate(model_path, adapters, **params)
     assert len(runners) == 1
+    for (token_ids, logprobs), (expected_ids, expected_logprobs) in zip(
+        results, expected, strict=True
+    ):
+        assert token_ids == expected_ids
+        for found, wanted in zip(logprobs or [], expected_logprobs or [], strict=True):
+            assert found.keys() == wanted.keys()
+            for token_id, logprob in found.items():
+                assert logprob.logprob == pytest.approx(wanted[token_id].logprob, abs=1e-4)
 
 
 def test_buckets():
