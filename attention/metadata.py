@@ -25,6 +25,11 @@ class AttentionShape:
     """Most requests of a step."""
     max_num_pages: int
     """Most pages of all requests of a step, each counted as often as it is used."""
+    logits_soft_cap: float = 0.0
+    """Scores x become logits_soft_cap * tanh(x / logits_soft_cap); 0: they stay as they are."""
+    windows: tuple[int | None, ...] = (None,)
+    """The distinct sliding windows of the layers: how many tokens a row sees, itself the last of
+    them. None: all."""
 
 
 @dataclass(frozen=True, slots=True)

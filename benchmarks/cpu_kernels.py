@@ -198,7 +198,7 @@ def bench_attention(bench: Bench) -> None:
         calls = [
             partial(
                 native.paged_attention, out, q, pool[:, layer, 0], pool[:, layer, 1], block_table,
-                cu_seqlens_q, seq_lens, HEAD_DIM**-0.5,
+                cu_seqlens_q, seq_lens, HEAD_DIM**-0.5, None, 0.0,
             )
             for layer in range(layers)
         ]  # fmt: skip

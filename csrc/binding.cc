@@ -16,6 +16,7 @@ namespace loraplex {
 namespace {
 
 using tvm::ffi::Array;
+using tvm::ffi::Optional;
 using tvm::ffi::String;
 using tvm::ffi::Tensor;
 
@@ -265,7 +266,7 @@ void write_kv(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache
 
 void paged_attention(TensorView out, TensorView q, TensorView k_cache, TensorView v_cache,
                      TensorView block_table, TensorView cu_seqlens_q, TensorView seq_lens,
-                     double scale) {
+                     double scale, Optional<int64_t> window, double soft_cap) {
   const char* function = "paged_attention";
   const Argument query{function, "q", q}, output{function, "out", out};
   const Argument k{function, "k_cache", k_cache}, v{function, "v_cache", v_cache};
@@ -302,7 +303,13 @@ void paged_attention(TensorView out, TensorView q, TensorView k_cache, TensorVie
   p.block_table_stride = block_table.stride(0);
   p.cu_seqlens_q = indptr.data<int32_t>();
   p.seq_lens = lengths.data<int32_t>();
+  p.window = window.value_or(INT32_MAX);
+  LORAPLEX_REQUIRE(p.window >= 1) << function << ": window must be None or at least 1, got "
+                                  << p.window;
+  LORAPLEX_REQUIRE(soft_cap >= 0) << function << ": soft_cap must be 0 (none) or more, got "
+                                  << soft_cap;
   p.scale = static_cast<float>(scale);
+  p.soft_cap = static_cast<float>(soft_cap);
   // Kept between calls, because fresh memory of this size costs page faults.
   static thread_local AttentionPlan plan;
   const std::string error =

@@ -80,8 +80,8 @@ struct Attention {
   LORAPLEX_INLINE int64_t head_of(int64_t row) const {
     return item.kv_head * p.group + (item.row_begin + row) % p.group;
   }
-  // How many keys of the request the row sees.
-  LORAPLEX_INLINE int64_t num_visible(int64_t row) const {
+  // The row sees the keys of the request before this one, p.window of them.
+  LORAPLEX_INLINE int64_t visible_end(int64_t row) const {
     return p.seq_lens[item.request] - num_queries + query_of(row) + 1;
   }
 
@@ -105,7 +105,8 @@ struct Attention {
       pack_values(num_keys, now->v, soon->v);
       const Gemm scores{s.q, stride, s.k, kKeys, s.scores, kKeys, units, nullptr};
       gemm<Unit>(scores, rows, num_keys);
-      for (int64_t row = 0; row < rows; ++row) softmax(row, num_visible(row) - key, num_keys);
+      if (p.soft_cap > 0) cap_scores(num_keys);
+      for (int64_t row = 0; row < rows; ++row) softmax(row, visible_end(row) - key, num_keys);
       const float* rescale = key == item.key_begin ? nullptr : s.rescale;
       const Gemm sums{s.scores, kKeys, s.v, width, s.sums, width, ceil_div(num_keys, kElements),
                       rescale};
@@ -174,19 +175,32 @@ struct Attention {
     }
   }
 
+  // Leaves the scores in units of soft_cap.
+  void cap_scores(int64_t num_keys) {
+    const float scale = p.scale / p.soft_cap;
+    for (int64_t row = 0; row < rows; ++row) {
+      float* scores = s.scores + row * kKeys;
+      for (int64_t i = 0; i < num_keys; i += kLanes) {
+        store(scores + i, tanh(load(scores + i) * scale));
+      }
+    }
+  }
+
   // Turns the row's scores into weights of values, relative to the greatest score so far. Of these
-  // keys the row sees num_visible, which may be none, or more than there are.
-  void softmax(int64_t row, int64_t num_visible, int64_t num_keys) {
+  // keys the row sees p.window up to `end`, which may be none, or more than there are.
+  void softmax(int64_t row, int64_t end, int64_t num_keys) {
     constexpr float kLog2e = 1.44269504f;
     float* scores = s.scores + row * kKeys;
-    num_visible = min(num_visible, num_keys);
+    const int64_t begin = max(end - p.window, 0);
+    const int64_t num_visible = max(min(end, num_keys) - begin, 0);
     const int64_t vectors = ceil_div(num_keys, kLanes);
-    const IntVec lane = lanes();
-    const float scale = p.scale * kLog2e;
+    // Unsigned, the keys before `begin` are far behind it: one comparison finds all that are seen.
+    const UintVec lane = (UintVec)lanes() - uint32_t(begin);
+    const float scale = (p.soft_cap > 0 ? p.soft_cap : p.scale) * kLog2e;
     Vec highest = broadcast(kLowest);
     for (int64_t v = 0; v < vectors; ++v) {
       const Vec x = load(scores + v * kLanes) * scale;
-      const Vec visible = lane + int32_t(v * kLanes) < int32_t(num_visible) ? x : kLowest;
+      const Vec visible = lane + uint32_t(v * kLanes) < uint32_t(num_visible) ? x : kLowest;
       store(scores + v * kLanes, visible);
       highest = maximum(visible, highest);
     }

@@ -35,19 +35,26 @@ std::string check_request(const AttentionParams& p, int64_t request, int64_t max
   return "";
 }
 
+// The first key that the query sees; the queries after it see none before that.
+int32_t first_key(const AttentionParams& p, int32_t request, int32_t query) {
+  const int32_t num_queries = p.cu_seqlens_q[request + 1] - p.cu_seqlens_q[request];
+  const int64_t end = p.seq_lens[request] - num_queries + query + 1;
+  return static_cast<int32_t>(std::max<int64_t>(end - p.window, 0));
+}
+
 // A request whose rows are one item would keep one thread busy for as long as its context is: its
 // keys are split instead.
 void split_keys(AttentionPlan& plan, const AttentionParams& p, int32_t request, int32_t num_rows,
                 int64_t& partial) {
-  const int32_t length = p.seq_lens[request];
-  const int32_t num_parts = (length + kAttentionSplit - 1) / kAttentionSplit;
-  const int32_t blocks = (length + kAttentionKeys - 1) / kAttentionKeys;
+  const int32_t begin = first_key(p, request, 0), end = p.seq_lens[request];
+  const int32_t num_parts = (end - begin + kAttentionSplit - 1) / kAttentionSplit;
+  const int32_t blocks = (end - begin + kAttentionKeys - 1) / kAttentionKeys;
   const int32_t part_keys = (blocks + num_parts - 1) / num_parts * kAttentionKeys;
   for (int32_t head = 0; head < p.num_kv_heads; ++head) {
     plan.merges.push_back({request, head, num_rows, 0, partial});
-    for (int32_t key = 0; key < length; key += part_keys) {
+    for (int32_t key = begin; key < end; key += part_keys) {
       plan.items.push_back(
-          {request, head, 0, num_rows, key, std::min(key + part_keys, length), partial});
+          {request, head, 0, num_rows, key, std::min(key + part_keys, end), partial});
       partial += num_rows * (p.head_dim + 2);
       ++plan.merges.back().num_parts;
     }
@@ -59,10 +66,11 @@ void split_rows(AttentionPlan& plan, const AttentionParams& p, int32_t request, 
   // The last rows see the most keys; begun first, they do not keep the other threads waiting.
   for (int32_t end = num_rows; end > 0; end -= kAttentionRows) {
     const int32_t begin = std::max(end - kAttentionRows, 0);
+    const int32_t key_begin = first_key(p, request, begin / static_cast<int32_t>(p.group));
     const int32_t key_end =
         static_cast<int32_t>(p.seq_lens[request] - num_queries + (end - 1) / p.group + 1);
     for (int32_t head = 0; head < p.num_kv_heads; ++head) {
-      plan.items.push_back({request, head, begin, end, 0, key_end, -1});
+      plan.items.push_back({request, head, begin, end, key_begin, key_end, -1});
     }
   }
 }
@@ -85,8 +93,9 @@ std::string plan_attention(AttentionPlan& plan, AttentionParams& p, int64_t num_
     const int32_t num_rows =
         (p.cu_seqlens_q[request + 1] - p.cu_seqlens_q[request]) * static_cast<int32_t>(p.group);
     if (num_rows == 0) continue;
-    products += int64_t{num_rows} * p.num_kv_heads * p.seq_lens[request];
-    if (num_rows <= kAttentionRows && p.seq_lens[request] > kAttentionSplit) {
+    const int32_t num_keys = p.seq_lens[request] - first_key(p, request, 0);
+    products += int64_t{num_rows} * p.num_kv_heads * num_keys;
+    if (num_rows <= kAttentionRows && num_keys > kAttentionSplit) {
       split_keys(plan, p, request, num_rows, partial);
     } else {
       split_rows(plan, p, request, num_rows);

@@ -84,7 +84,9 @@ struct AttentionParams {
   const int32_t* cu_seqlens_q;
   const int32_t* seq_lens;
   int64_t num_kv_heads, group, head_dim, block_size;
+  int64_t window;  // keys that a row sees, its own the last of them
   float scale;
+  float soft_cap;  // 0: none; else scores become soft_cap * tanh(score / soft_cap)
   const AttentionItem* items;
   int64_t num_items;
   const AttentionMerge* merges;

@@ -66,10 +66,10 @@ silu_and_mul: Callable[[Tensor, Tensor], None] = _library.silu_and_mul
 """(out, gate_up)"""
 write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = _library.write_kv
 """(k, v, k_cache, v_cache, slot_mapping)"""
-paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = (
-    _library.paged_attention
-)
-"""(out, q, k_cache, v_cache, block_table, cu_seqlens_q, seq_lens, scale)"""
+paged_attention: Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None, float], None
+] = _library.paged_attention
+"""(out, q, k_cache, v_cache, block_table, cu_seqlens_q, seq_lens, scale, window, soft_cap)"""
 lora_shrink: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int], None] = (
     _library.lora_shrink
 )

@@ -2,110 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from attention_shapes import make_shape
+from attention_batch import DTYPES, MIXED, RELATIVE_ERROR, SOFT_CAPS, WINDOWED, WINDOWS, Batch
 
 from loraplex import native
-from loraplex.attention.backend import get_backend
-from loraplex.attention.metadata import AttentionMetadata
-
-DTYPES = [torch.float32, torch.bfloat16]
-# Of the norm of the result. bfloat16: rounding the result and, where the machine multiplies
-# bfloat16, the weights; each adds 0.0015 on average.
-RELATIVE_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
-# (query rows, context) of each request
-MIXED = [(1, 1), (1, 17), (9, 9), (1, 130), (5, 70), (33, 33), (1, 64)]
-
-
-class Batch:
-    """Random requests in shuffled pages of a pool of several layers, whose other bytes are NaN."""
-
-    def __init__(
-        self,
-        requests: list[tuple[int, int]],
-        dtype: torch.dtype,
-        head_dim: int = 64,
-        num_kv_heads: int = 2,
-        group: int = 3,
-        block_size: int = 16,
-    ) -> None:
-        self.requests, self.block_size, self.scale = requests, block_size, head_dim**-0.5
-        num_blocks = [-(-context // block_size) for _, context in requests]
-        num_pages, num_layers, layer = sum(num_blocks) + 3, 3, 1
-        pool = torch.full(
-            (num_pages, num_layers, 2, block_size, num_kv_heads, head_dim), torch.nan, dtype=dtype
-        )
-        self.k_cache, self.v_cache = pool[:, layer, 0], pool[:, layer, 1]
-        free = (torch.randperm(num_pages - 1) + 1).tolist()
-        block_table = torch.full((len(requests), max(num_blocks) + 1), -1, dtype=torch.int32)
-        slots = []
-        for row, blocks, (num_queries, context) in zip(
-            block_table, num_blocks, requests, strict=True
-        ):
-            row[:blocks] = torch.tensor([free.pop() for _ in range(blocks)])
-            positions = torch.arange(context)
-            request_slots = row[positions // block_size] * block_size + positions % block_size
-            self.fill(request_slots, num_kv_heads, head_dim)
-            slots.append(request_slots[context - num_queries :].long())
-        self.metadata = AttentionMetadata(
-            cu_seqlens_q=torch.tensor([0, *(n for n, _ in requests)]).cumsum(0).int(),
-            seq_lens=torch.tensor([context for _, context in requests]).int(),
-            block_table=block_table,
-            slot_mapping=torch.cat(slots),
-            max_query_len=max(n for n, _ in requests),
-        )
-        num_tokens = len(self.metadata.slot_mapping)
-        # As the model has them: heads of q, k and v side by side in one tensor.
-        num_heads = num_kv_heads * group
-        self.qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
-        self.q, self.k, self.v = self.qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-
-    def fill(self, slots: torch.Tensor, num_kv_heads: int, head_dim: int) -> None:
-        index = (slots.long() // self.block_size, slots.long() % self.block_size)
-        for cache in (self.k_cache, self.v_cache):
-            cache[index] = torch.randn(len(slots), num_kv_heads, head_dim).to(cache.dtype)
-
-    def run(self, q: torch.Tensor | None = None) -> torch.Tensor:
-        backend = get_backend("native", make_shape(self.scale, self.block_size))
-        q = self.q if q is None else q
-        return backend.plan(self.metadata).run(q, self.k_cache, self.v_cache)
-
-    def exact(self) -> torch.Tensor:
-        backend = get_backend("reference", make_shape(self.scale, self.block_size))
-        caches = self.k_cache.double(), self.v_cache.double()
-        return backend.plan(self.metadata).run(self.q.double(), *caches)
-
-    def check(self) -> None:
-        exact, result = self.exact(), self.run().double()
-        for begin, end in self.bounds():
-            error = (result[begin:end] - exact[begin:end]).norm()
-            bound = exact[begin:end].norm() * RELATIVE_ERROR[self.q.dtype]
-            assert error <= bound, f"{error / bound:.2f} times the bound"
-
-    def bounds(self) -> list[tuple[int, int]]:
-        rows = self.metadata.cu_seqlens_q.tolist()
-        return list(zip(rows, rows[1:], strict=False))
-
-    def part(self, request: int, queries: slice) -> tuple[AttentionMetadata, torch.Tensor]:
-        """Some of a request's query rows as a batch of their own."""
-        begin, end = self.bounds()[request]
-        rows = range(begin, end)[queries]
-        hidden = end - rows.stop  # tokens that come after these rows
-        metadata = replace(
-            self.metadata,
-            cu_seqlens_q=torch.tensor([0, len(rows)], dtype=torch.int32),
-            seq_lens=self.metadata.seq_lens[request : request + 1] - hidden,
-            block_table=self.metadata.block_table[request : request + 1],
-        )
-        return metadata, self.q[rows.start : rows.stop]
-
-    def run_part(self, request: int, queries: slice = slice(None)) -> torch.Tensor:
-        metadata, q = self.part(request, queries)
-        backend = get_backend("native", make_shape(self.scale, self.block_size))
-        return backend.plan(metadata).run(q, self.k_cache, self.v_cache)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +17,7 @@ def seed(one_thread: None) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 80, 96, 128, 250, 256])
 def test_head_dims(isa: str, dtype: torch.dtype, head_dim: int) -> None:
-    Batch(MIXED, dtype, head_dim=head_dim).check()
+    Batch(MIXED, dtype, head_dim=head_dim).check("native")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,13 +25,13 @@ def test_head_dims(isa: str, dtype: torch.dtype, head_dim: int) -> None:
     ("num_kv_heads", "group"), [(1, 1), (4, 1), (2, 2), (1, 5), (1, 8), (1, 71)]
 )
 def test_groups(isa: str, dtype: torch.dtype, num_kv_heads: int, group: int) -> None:
-    Batch(MIXED, dtype, num_kv_heads=num_kv_heads, group=group).check()
+    Batch(MIXED, dtype, num_kv_heads=num_kv_heads, group=group).check("native")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [1, 5, 8, 16, 32, 100])
 def test_block_sizes(isa: str, dtype: torch.dtype, block_size: int) -> None:
-    Batch(MIXED, dtype, block_size=block_size).check()
+    Batch(MIXED, dtype, block_size=block_size).check("native")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,34 +47,63 @@ def test_block_sizes(isa: str, dtype: torch.dtype, block_size: int) -> None:
     ids=["decode", "prefill", "chunks", "split_keys", "idle"],
 )
 def test_lengths(isa: str, dtype: torch.dtype, requests: list[tuple[int, int]]) -> None:
-    Batch(requests, dtype).check()
+    Batch(requests, dtype).check("native")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("logits_soft_cap", SOFT_CAPS)
+def test_windows_and_soft_caps(
+    isa: str, dtype: torch.dtype, window: int | None, logits_soft_cap: float
+) -> None:
+    Batch(WINDOWED, dtype, logits_soft_cap=logits_soft_cap).check("native", window)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 100])
+def test_windows_in_pages_of_any_size(isa: str, block_size: int) -> None:
+    Batch(WINDOWED, torch.float32, block_size=block_size).check("native", 16)
+
+
+def test_keys_before_the_window_are_not_read(isa: str) -> None:
+    batch = Batch([(3, 700)], torch.bfloat16)
+    expected = batch.run("native", window=530)
+    positions = torch.arange(700 - 3 + 1 - 530)
+    pages = batch.metadata.block_table[0, positions // 16]
+    batch.fill(pages * 16 + positions % 16, torch.nan)
+    assert torch.equal(batch.run("native", window=530), expected)
+
+
+@pytest.mark.parametrize("logits_soft_cap", [0.5, 30.0])
+def test_soft_cap_of_scores_of_any_magnitude(isa: str, logits_soft_cap: float) -> None:
+    """Where tanh is almost linear, where it bends, and where it is 1."""
+    for factor in (0.01, 1.0, 10.0, 1000.0):
+        batch = Batch([(4, 150), (1, 600)], torch.float32, logits_soft_cap=logits_soft_cap)
+        batch.qkv *= factor
+        exact, result = batch.exact(), batch.run("native").double()
+        assert (result - exact).norm() / exact.norm() < 5 * RELATIVE_ERROR[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_of_large_magnitude(isa: str, dtype: torch.dtype) -> None:
     batch = Batch([(4, 150), (1, 600)], dtype)
     batch.qkv *= 30
-    exact, result = batch.exact(), batch.run().double()
+    exact, result = batch.exact(), batch.run("native").double()
     assert (result - exact).norm() / exact.norm() < 10 * RELATIVE_ERROR[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_chunk_equals_the_whole_but_for_rounding(isa: str, dtype: torch.dtype) -> None:
     batch = Batch([(5, 9), (130, 140)], dtype)
-    begin, end = batch.bounds()[1]
-    whole = batch.run()[begin:end]
-    for size in (1, 7, 64):
-        chunks = [batch.run_part(1, slice(i, i + size)) for i in range(0, 130, size)]
-        error = (torch.cat(chunks).double() - whole.double()).norm() / whole.double().norm()
-        assert error <= RELATIVE_ERROR[dtype]
+    for window in (None, 1, 16, 100):
+        batch.check_chunks("native", 1, window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_request_does_not_depend_on_its_company(isa: str, dtype: torch.dtype) -> None:
     batch = Batch([*MIXED, (1, 900), (20, 600)], dtype)
-    whole = batch.run()
+    whole = batch.run("native")
     for request, (begin, end) in enumerate(batch.bounds()):
-        assert torch.equal(batch.run_part(request), whole[begin:end])
+        assert torch.equal(batch.run_part("native", request), whole[begin:end])
 
 
 def test_result_does_not_depend_on_the_number_of_threads(isa: str) -> None:
@@ -181,7 +111,7 @@ def test_result_does_not_depend_on_the_number_of_threads(isa: str) -> None:
     results = []
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
-        results.append(batch.run())
+        results.append(batch.run("native"))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -189,9 +119,10 @@ def test_result_does_not_depend_on_the_number_of_threads(isa: str) -> None:
 def test_strides_of_q(isa: str) -> None:
     batch = Batch(MIXED, torch.bfloat16)
     assert not batch.q.is_contiguous()
-    assert torch.equal(batch.run(), batch.run(batch.q.contiguous()))
-    heads_first = batch.q.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(batch.run(), batch.run(heads_first))
+    whole = batch.run("native")
+    for q in (batch.q.contiguous(), batch.q.transpose(0, 1).contiguous().transpose(0, 1)):
+        batch.q = q
+        assert torch.equal(batch.run("native"), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,18 +130,10 @@ def test_strides_of_q(isa: str) -> None:
 def test_write_kv(isa: str, dtype: torch.dtype, head_dim: int) -> None:
     batch = Batch(MIXED, dtype, head_dim=head_dim)
     expected = [cache.clone() for cache in (batch.k_cache, batch.v_cache)]
-    shape = make_shape(1.0, batch.block_size)
-    get_backend("reference", shape).plan(batch.metadata).write_kv(batch.k, batch.v, *expected)
-    get_backend("native", shape).plan(batch.metadata).write_kv(
-        batch.k, batch.v, batch.k_cache, batch.v_cache
-    )
+    batch.plan("reference").write_kv(batch.k, batch.v, *expected)
+    batch.plan("native").write_kv(batch.k, batch.v, batch.k_cache, batch.v_cache)
     for cache, want in zip((batch.k_cache, batch.v_cache), expected, strict=True):
         assert torch.equal(cache.nan_to_num(7.0), want.nan_to_num(7.0))
-
-
-def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="attention_backend='fast' is not allowed.*'native'"):
-        get_backend("fast", make_shape(1.0, 16))
 
 
 class TestErrors:
@@ -229,6 +152,8 @@ class TestErrors:
             "cu_seqlens_q": meta.cu_seqlens_q,
             "seq_lens": meta.seq_lens,
             "scale": 1.0,
+            "window": None,
+            "soft_cap": 0.0,
         }
         native.paged_attention(*(arguments | changes).values())
 
@@ -251,6 +176,8 @@ class TestErrors:
             ({"cu_seqlens_q": torch.tensor([0, 1, 4])}, "cu_seqlens_q must be of type int32"),
             ({"block_table": torch.full((2, 4), 99).int()}, "request 0 has page 99"),
             ({"block_table": torch.full((2, 4), -1).int()}, "request 0 has page -1"),
+            ({"window": 0}, "window must be None or at least 1, got 0"),
+            ({"soft_cap": -1.0}, r"soft_cap must be 0 \(none\) or more, got -1"),
         ],
     )
     def test_bad_arguments(self, batch: Batch, changes: dict[str, object], message: str) -> None:
