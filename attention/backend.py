@@ -13,6 +13,7 @@ from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 logger = logging.getLogger(__name__)
 
 # FlashInfer compiles for others (80, 96) as well, but gives wrong results.
+FLASHINFER_DTYPE = torch.bfloat16
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 Tensor = torch.Tensor
@@ -29,10 +30,12 @@ class PlannedAttention(Protocol):
         """Writes rows of k and v, [num_tokens, num_kv_heads, head_dim], to the batch's slots."""
         ...
 
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None = None) -> Tensor:
         """softmax(scale * q K^T) V, causal; q [num_tokens, num_heads, head_dim], result likewise.
 
-        Rows of the result that belong to no request may hold anything.
+        A row sees `window` tokens, itself the last of them, or all if None; it must be one of the
+        shape's windows. Scores are capped as the shape says. Rows of the result that belong to no
+        request may hold anything.
         """
         ...
 
@@ -57,12 +60,15 @@ _HOMES = {
     "flashinfer": ("loraplex.attention.flashinfer", "FlashInferAttention"),
     "native": ("loraplex.attention.native", "NativeAttention"),
     "reference": ("loraplex.attention.reference", "ReferenceAttention"),
+    "sdpa": ("loraplex.attention.sdpa", "SdpaAttention"),
 }
+# Of those that do not serve every device.
+_DEVICE_TYPES = {"flashinfer": "cuda", "native": "cpu"}
 
 
 def get_backend(name: str, shape: AttentionShape) -> AttentionBackend:
-    """The backend of that name; "auto" is native on the CPU, and on CUDA devices flashinfer, or
-    reference for what flashinfer does not serve.
+    """The backend of that name; "auto" is native on the CPU, and on CUDA devices flashinfer, sdpa
+    for what flashinfer does not serve, or reference for what neither serves.
 
     Raises ValueError for an unknown name, and for a shape or device that the backend cannot serve.
     """
@@ -72,10 +78,10 @@ def get_backend(name: str, shape: AttentionShape) -> AttentionBackend:
     if home is None:
         allowed = ", ".join(map(repr, ("auto", *_HOMES)))
         raise ValueError(f"attention_backend={name!r} is not allowed: it must be one of {allowed}")
-    if name != "reference" and (name == "native") != (shape.device.type == "cpu"):
+    if _DEVICE_TYPES.get(name, shape.device.type) != shape.device.type:
         raise ValueError(
             f"attention_backend={name!r} is not allowed on the device {str(shape.device)!r}: "
-            "flashinfer serves CUDA devices, native the CPU, and reference both"
+            "flashinfer serves CUDA devices, native the CPU, and sdpa and reference both"
         )
     module, attribute = home
     try:
@@ -93,10 +99,12 @@ def get_backend(name: str, shape: AttentionShape) -> AttentionBackend:
 def _choose(shape: AttentionShape) -> str:
     if shape.device.type == "cpu":
         return "native"
-    if shape.dtype == torch.bfloat16 and shape.head_dim in FLASHINFER_HEAD_DIMS:
+    if shape.dtype == FLASHINFER_DTYPE and shape.head_dim in FLASHINFER_HEAD_DIMS:
         return "flashinfer"
+    # torch's own attention has no soft cap.
+    name, speed = ("reference", "slow") if shape.logits_soft_cap else ("sdpa", "slower")
     logger.warning(
-        "FlashInfer does not serve %s with a head_dim of %d: attention is by plain torch, which is "
-        "slow", shape.dtype, shape.head_dim,
+        "FlashInfer does not serve %s with a head_dim of %d: attention is by the backend %r, which "
+        "is %s", shape.dtype, shape.head_dim, name, speed,
     )  # fmt: skip
-    return "reference"
+    return name

@@ -69,8 +69,9 @@ class EngineConfig:
     device: str = option("auto", "cuda, cpu, or auto: cuda where there is a GPU.")
     attention_backend: str = option(
         "auto",
-        "flashinfer (GPUs), native (C++ kernels for the CPU), reference (torch, slow), or auto, "
-        "which is flashinfer on a GPU and native on the CPU.",
+        "flashinfer (GPUs), sdpa (torch's own attention, for what flashinfer does not serve), "
+        "native (C++ kernels for the CPU), reference (plain torch, slow), or auto, which is native "
+        "on the CPU and the first of the others that serves the model on a GPU.",
     )
 
     def __post_init__(self) -> None:
@@ -78,7 +79,7 @@ class EngineConfig:
             "dtype": ("auto", "bfloat16", "float32"),
             "load_format": ("auto", "dummy"),
             "device": ("auto", "cpu", "cuda"),
-            "attention_backend": ("auto", "flashinfer", "native", "reference"),
+            "attention_backend": ("auto", "flashinfer", "native", "reference", "sdpa"),
             "tensor_parallel_size": (1,),
             "quantization": (None,),
         }
