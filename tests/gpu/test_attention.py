@@ -1,64 +1,105 @@
-"""FlashInfer attention over strided views of the pool, against the reference in float64."""
+"""FlashInfer and sdpa over strided views of the pool, against the reference in float64."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from attention_batch import DTYPES, WINDOWED, WINDOWS, Batch, Requests
 
 from loraplex.attention.backend import get_backend
-from loraplex.attention.metadata import AttentionMetadata, AttentionShape
+from loraplex.attention.metadata import AttentionShape
 
-BLOCK_SIZE = 16
 MIXED = [(1, 1), (1, 17), (9, 9), (1, 130), (5, 70), (33, 33), (1, 64), (300, 700)]
 DECODE = [(1, 1), (1, 16), (1, 17), (1, 500), (1, 1000)]
+RELATIVE_ERROR = {torch.float32: 2e-5, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def check_twice(batch: Batch, backend: str) -> None:
+    """A step, and another that is planned in the same place; every window is one of its layers."""
+    caches = batch.k_cache, batch.v_cache
+    expected = [cache.clone() for cache in caches]
+    batch.plan("reference").write_kv(batch.k, batch.v, *expected)
+    shared = get_backend(backend, batch.shape)
+    for _ in range(2):
+        planned = shared.plan(batch.metadata)
+        planned.write_kv(batch.k, batch.v, *caches)
+        for cache, want in zip(caches, expected, strict=True):
+            assert torch.equal(cache.nan_to_num(7.0), want.nan_to_num(7.0))
+        for window in batch.shape.windows:
+            exact = batch.exact(window)
+            result = planned.run(batch.q, *caches, window).double()
+            for begin, end in batch.bounds():
+                error = (result[begin:end] - exact[begin:end]).norm()
+                assert error <= RELATIVE_ERROR[batch.q.dtype] * exact[begin:end].norm()
 
 
 @pytest.mark.parametrize("requests", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize(("head_dim", "heads"), [(64, (9, 3)), (128, (32, 8)), (128, (7, 1))])
-def test_flashinfer(requests: list[tuple[int, int]], head_dim: int, heads: tuple[int, int]) -> None:
-    torch.manual_seed(0)
+def test_flashinfer(requests: Requests, head_dim: int, heads: tuple[int, int]) -> None:
     num_heads, num_kv_heads = heads
-    num_blocks = [-(-context // BLOCK_SIZE) for _, context in requests]
-    pool = torch.randn(
-        sum(num_blocks) + 5, 3, 2, BLOCK_SIZE, num_kv_heads, head_dim, device="cuda"
-    ).bfloat16()
-    pages = (torch.randperm(sum(num_blocks)) + 1).int().split(num_blocks)
-    table = torch.zeros(len(requests), max(num_blocks), dtype=torch.int32)
-    for row, own in zip(table, pages, strict=True):
-        row[: len(own)] = own
-    queries = torch.tensor([0, *(rows for rows, _ in requests)])
-    slots = [
-        own[torch.arange(context - rows, context) // BLOCK_SIZE].long() * BLOCK_SIZE
-        + torch.arange(context - rows, context) % BLOCK_SIZE
-        for (rows, context), own in zip(requests, pages, strict=True)
-    ]
-    metadata = AttentionMetadata(
-        cu_seqlens_q=queries.cumsum(0).int(),
-        seq_lens=torch.tensor([context for _, context in requests], dtype=torch.int32),
-        block_table=table,
-        slot_mapping=torch.cat(slots).cuda(),
-        max_query_len=max(rows for rows, _ in requests),
-    )
-    shape = AttentionShape(
-        num_heads, num_kv_heads, head_dim, head_dim**-0.5, BLOCK_SIZE, torch.bfloat16,
-        torch.device("cuda"), max_num_requests=16, max_num_pages=1000,
+    batch = Batch(
+        requests, torch.bfloat16, head_dim, num_kv_heads, num_heads // num_kv_heads,
+        windows=(None,), device="cuda",
     )  # fmt: skip
-    rows = int(queries.sum())
-    qkv = torch.randn(rows, num_heads + 2 * num_kv_heads, head_dim, device="cuda").bfloat16()
-    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    caches = pool[:, 1, 0], pool[:, 1, 1]
-    expected = [cache.clone() for cache in caches]
-    reference = get_backend("reference", shape).plan(metadata)
-    reference.write_kv(k, v, *expected)
-    exact = reference.run(q.double(), *(cache.double() for cache in expected))
-    backend = get_backend("flashinfer", shape)
-    for _ in range(2):
-        planned = backend.plan(metadata)
-        planned.write_kv(k, v, *caches)
-        assert torch.equal(caches[0], expected[0])
-        assert torch.equal(caches[1], expected[1])
-        result = planned.run(q, *caches).double()
-        assert (result - exact).norm() <= 4e-3 * exact.norm()
+    check_twice(batch, "flashinfer")
+
+
+@pytest.mark.parametrize("requests", [MIXED, WINDOWED, DECODE], ids=["mixed", "windowed", "decode"])
+@pytest.mark.parametrize(
+    ("logits_soft_cap", "windows"), [(0.0, WINDOWS), (30.0, WINDOWS), (30.0, (None,)), (0.0, (16,))]
+)
+def test_flashinfer_windows_and_soft_caps(
+    requests: Requests, logits_soft_cap: float, windows: tuple[int | None, ...]
+) -> None:
+    batch = Batch(
+        requests, torch.bfloat16, 128, num_kv_heads=8, group=4,
+        logits_soft_cap=logits_soft_cap, windows=windows, device="cuda",
+    )  # fmt: skip
+    check_twice(batch, "flashinfer")
+
+
+def test_graphs_follow_the_plans_of_all_windows() -> None:
+    """Layers of several windows in one graph, replayed for longer contexts than it was made for."""
+    windows = (None, 16, 600)
+    batch = Batch(DECODE, torch.bfloat16, 128, 8, 4, windows=windows, device="cuda")
+    backend = get_backend("flashinfer", batch.shape)
+    assert backend.supports_graphs
+    ones = replace(batch.metadata, seq_lens=torch.ones_like(batch.metadata.seq_lens))
+    planned = backend.plan(ones)
+
+    def run() -> list[torch.Tensor]:
+        caches = batch.k_cache, batch.v_cache
+        return [planned.run(batch.q, *caches, window) for window in windows]
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    backend.plan(batch.metadata)
+    graph.replay()
+    for window, result in zip(windows, results, strict=True):
+        exact = batch.exact(window)
+        assert (result.double() - exact).norm() <= RELATIVE_ERROR[torch.bfloat16] * exact.norm()
+
+
+@pytest.mark.parametrize("requests", [WINDOWED, DECODE], ids=["windowed", "decode"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "heads"), [(64, (9, 3)), (80, (8, 8)), (96, (8, 2)),
+                                                 (112, (7, 1)), (128, (32, 8))])  # fmt: skip
+def test_sdpa(
+    requests: Requests, dtype: torch.dtype, head_dim: int, heads: tuple[int, int]
+) -> None:
+    num_heads, num_kv_heads = heads
+    batch = Batch(requests, dtype, head_dim, num_kv_heads, num_heads // num_kv_heads, device="cuda")
+    check_twice(batch, "sdpa")
 
 
 def test_a_head_dim_that_would_be_wrong_is_refused() -> None:
