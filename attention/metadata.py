@@ -22,7 +22,7 @@ class AttentionShape:
     dtype: torch.dtype
     device: torch.device
     max_num_requests: int
-    """Most requests of a step."""
+    """Most requests of a step, and most rows of a CUDA graph."""
     max_num_pages: int
     """Most pages of all requests of a step, each counted as often as it is used."""
     logits_soft_cap: float = 0.0
@@ -52,5 +52,4 @@ class AttentionMetadata:
     max_query_len: int
     """The most query rows of one request."""
     graph_num_tokens: int | None = None
-    """Rows of the CUDA graph in which the step is to run; None: in none. The step's own rows come
-    first in them, and requests without rows have been added up to the graph's number."""
+    """Rows of the CUDA graph in which the step is to run, its own first; None: in none."""

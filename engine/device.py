@@ -13,7 +13,7 @@ from loraplex import native
 from loraplex.attention.backend import AttentionBackend, get_backend
 from loraplex.attention.metadata import AttentionShape
 from loraplex.engine.config import GIB, EngineConfig
-from loraplex.engine.gpu_runner import GpuModelRunner
+from loraplex.engine.gpu_runner import MAX_GRAPH_TOKENS, GpuModelRunner
 from loraplex.engine.model_runner import ModelRunner
 from loraplex.engine.models.config import head_dim, read_model_config, resolve_dtype
 from loraplex.engine.models.locate import locate_model, locate_tokenizer, model_name
@@ -88,8 +88,10 @@ class TorchDevice:
                 block_size=config.block_size,
                 dtype=dtype,
                 device=device,
-                max_num_requests=config.max_num_seqs,
-                max_num_pages=config.max_num_seqs * -(-max_model_len // config.block_size),
+                max_num_requests=max(config.max_num_seqs, MAX_GRAPH_TOKENS),
+                max_num_pages=max(
+                    config.max_num_seqs * -(-max_model_len // config.block_size), MAX_GRAPH_TOKENS
+                ),
             ),
         )
         model = build_model(config, path, hf_config, dtype, max_model_len, device)

@@ -145,9 +145,7 @@ class GpuModelRunner:
         pool = torch.cuda.graph_pool_handle()
         progress = {"desc": "Capturing graphs", "unit": "batch size", "leave": False}
         for bucket in tqdm(self._buckets[::-1], **progress):
-            num_requests = self._num_requests(bucket)
-            query_lens = [1] * (num_requests - 1) + [bucket - num_requests + 1]
-            attention = self._plan_idle(query_lens, bucket)
+            attention = self._plan_idle([1] * bucket, bucket)
             for mask in self._graph_masks:
                 # Once outside of the graph: libraries make their handles at the first call.
                 self._forward(bucket, attention, mask)
@@ -156,10 +154,6 @@ class GpuModelRunner:
                 with torch.cuda.graph(graph, pool=pool):
                     hidden = self._forward(bucket, attention, mask)
                 self._graphs[bucket, mask] = CapturedForward(graph, hidden)
-
-    def _num_requests(self, bucket: int) -> int:
-        """Requests of a bucket's steps: as many as there can be."""
-        return min(bucket, self._max_num_seqs)
 
     def _plan_idle(self, query_lens: list[int], bucket: int | None) -> Any:
         """Attention for rows that only touch the scratch page."""
@@ -240,18 +234,11 @@ class GpuModelRunner:
         inputs.host["num_items"][0] = num_items
 
     def _metadata(self, batch: StepBatch, bucket: int | None) -> AttentionMetadata:
-        num_tokens = len(batch.token_ids)
-        cu_seqlens_q, seq_lens, block_table = batch.cu_seqlens_q, batch.seq_lens, batch.block_table
-        if bucket is not None:
-            padding = self._num_requests(bucket) - len(seq_lens)
-            cu_seqlens_q = np.pad(cu_seqlens_q, (0, padding), mode="edge")
-            seq_lens = np.pad(seq_lens, (0, padding))
-            block_table = np.pad(block_table, ((0, padding), (0, 0)))
         return AttentionMetadata(
-            cu_seqlens_q=torch.from_numpy(cu_seqlens_q),
-            seq_lens=torch.from_numpy(seq_lens),
-            block_table=torch.from_numpy(block_table),
-            slot_mapping=self._inputs.device["slot_mapping"][: bucket or num_tokens],
+            cu_seqlens_q=torch.from_numpy(batch.cu_seqlens_q),
+            seq_lens=torch.from_numpy(batch.seq_lens),
+            block_table=torch.from_numpy(batch.block_table),
+            slot_mapping=self._inputs.device["slot_mapping"][: bucket or len(batch.token_ids)],
             max_query_len=int(batch.num_new_tokens.max()),
             graph_num_tokens=bucket,
         )

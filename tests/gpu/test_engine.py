@@ -100,11 +100,22 @@ def bfloat16_results(model_path, adapters, cases) -> list[list[int]]:
     return generate(model_path, adapters, cases, dtype="bfloat16")
 
 
-def test_bfloat16_tokens_are_likeliest_or_near(cases, oracle, bfloat16_results):
-    for (prompt, name), token_ids in zip(cases, bfloat16_results, strict=True):
+def check_choices(cases: list[Case], oracle: Oracle, results: list[list[int]]) -> None:
+    for (prompt, name), token_ids in zip(cases, results, strict=True):
         scored = oracle.score(prompt, token_ids, name)
         gaps = [b - a for a, b in zip(scored.logprobs, scored.greedy_logprobs, strict=True)]
         assert max(gaps) < NEAR_TIE, (name, len(prompt), max(gaps))
+
+
+def test_bfloat16_tokens_are_likeliest_or_near(cases, oracle, bfloat16_results):
+    check_choices(cases, oracle, bfloat16_results)
+
+
+def test_steps_too_large_for_graphs(model_path, adapters, cases, oracle):
+    results = generate(
+        model_path, adapters, cases, dtype="bfloat16", max_num_batched_tokens=4096, max_num_seqs=64
+    )
+    check_choices(cases, oracle, results)
 
 
 def test_graphs_change_no_token(model_path, adapters, cases, bfloat16_results):
