@@ -17,7 +17,7 @@ from loraplex.engine.core_client import CoreClient, EngineDeadError
 from loraplex.engine.input_processor import InputProcessor, Prompt, prompt_text
 from loraplex.engine.output_processor import OutputProcessor
 from loraplex.engine.outputs import RequestOutput
-from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo
+from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo, Service
 from loraplex.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class AsyncEngine:
         sampling_params: SamplingParams,
         request_id: str | None = None,
         lora_request: LoRARequest | None = None,
-        tenant: str = "",
+        service: Service | None = None,
         stream: bool = True,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The output so far whenever there is more of it, the last one with `finished`.
@@ -102,7 +102,7 @@ class AsyncEngine:
         await self.check_health()
         request_id = request_id or uuid.uuid4().hex
         requests = await self._process_input(
-            request_id, prompt, sampling_params, lora_request, tenant
+            request_id, prompt, sampling_params, lora_request, service
         )
         outputs = self._open(request_id, prompt_text(prompt), requests, stream)
         try:
@@ -164,7 +164,7 @@ class AsyncEngine:
         prompt: Prompt,
         sampling_params: SamplingParams,
         lora_request: LoRARequest | None,
-        tenant: str,
+        service: Service | None,
     ) -> list[EngineRequest]:
         process = partial(
             self._input_processor.process,
@@ -172,7 +172,7 @@ class AsyncEngine:
             prompt,
             sampling_params,
             lora_request=lora_request,
-            tenant=tenant,
+            service=service,
         )
         return await call_for_text(process, len(prompt) if isinstance(prompt, str) else 0)
 

@@ -60,6 +60,14 @@ class EngineConfig:
         "How many tokens of service an adapter that is in the pool may be ahead of one that is "
         "not and still be served first.",
     )
+    max_num_waiting: int | None = option(
+        None, "Most requests that wait; further ones are refused. Default: any number."
+    )
+    max_queue_seconds: float | None = option(
+        None,
+        "How long a request may wait for its first turn, where it does not say; refused at once if "
+        "it would likely take longer. Default: as long as it takes.",
+    )
     tensor_parallel_size: int = option(1, "Accelerators to spread the model over.")
     quantization: str | None = option(None, "Quantisation of the weights.")
     load_format: str = option("auto", "auto reads the checkpoint, dummy makes random weights.")
@@ -87,7 +95,7 @@ class EngineConfig:
             _check(name, getattr(self, name), getattr(self, name) in allowed,
                    "one of " + ", ".join(map(repr, allowed)))  # fmt: skip
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len",
-                     "pool_bytes"):  # fmt: skip
+                     "pool_bytes", "max_num_waiting"):  # fmt: skip
             value = getattr(self, name)
             if value is not None:
                 _check(
@@ -96,6 +104,8 @@ class EngineConfig:
         for name in ("host_adapter_bytes", "adapter_affinity_tokens"):
             value = getattr(self, name)
             _check(name, value, isinstance(value, int) and value >= 0, "an integer of 0 or more")
+        seconds = self.max_queue_seconds
+        _check("max_queue_seconds", seconds, seconds is None or seconds > 0, "above 0")
         share = self.gpu_memory_utilization
         _check("gpu_memory_utilization", share, share is None or 0 < share <= 1,
                "above 0 and at most 1")  # fmt: skip

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo, describe
+from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo, Service, describe
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ class InputProcessor:
         prompt: Prompt,
         sampling_params: SamplingParams,
         lora_request: LoRARequest | None = None,
-        tenant: str = "",
+        service: Service | None = None,
     ) -> list[EngineRequest]:
         """One request per completion: request_id itself, or request_id#0, #1, ... if there are
         several, whose seeds count up. Raises ValueError naming field, value and what is allowed.
@@ -55,7 +55,7 @@ class InputProcessor:
                 eos_token_ids=self._eos_token_ids,
                 seed=(seed + index) % 2**64,
                 lora_request=lora_request,
-                tenant=tenant,
+                service=service or Service(),
             )
             for index in range(num)
         ]

@@ -22,6 +22,7 @@ from loraplex.engine.request import (
     EngineRequest,
     LoRARequest,
     RequestError,
+    Service,
     describe,
     refusal,
 )
@@ -68,6 +69,7 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = True,
         return_errors: bool = False,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Complete the prompts; one RequestOutput for each, in their order.
 
@@ -78,19 +80,22 @@ class LLM:
         return_errors: a request that fails has its `error` in its output, and the others are not
             disturbed. Otherwise the error is raised: of a request that can be seen to be wrong,
             before any runs; of one that fails later, when the others have finished.
+        priority: for all, or one for each prompt; of an adapter's prompts the lowest are served
+            first.
         """
         prompts = _as_list(prompts)
         params = _one_for_each("sampling_params", sampling_params or SamplingParams(), len(prompts))
         lora_requests = _one_for_each("lora_request", lora_request, len(prompts))
+        priorities = _one_for_each("priority", priority, len(prompts))
         request_ids = list(itertools.islice(self._request_ids, len(prompts)))
         outputs: dict[str, RequestOutput] = {}
         requests: list[tuple[str | None, list[EngineRequest]]] = []
-        for request_id, prompt, param, lora in zip(
-            request_ids, prompts, params, lora_requests, strict=True
+        for request_id, prompt, param, lora, rank in zip(
+            request_ids, prompts, params, lora_requests, priorities, strict=True
         ):
             text = prompt_text(prompt)
             try:
-                requests.append((text, self._process(request_id, prompt, param, lora)))
+                requests.append((text, self._process(request_id, prompt, param, lora, rank)))
             except ValueError as error:
                 if not return_errors:
                     raise
@@ -158,7 +163,7 @@ class LLM:
         self.shutdown()
 
     def _process(
-        self, request_id: str, prompt: Prompt, params: Any, lora_request: Any
+        self, request_id: str, prompt: Prompt, params: Any, lora_request: Any, priority: Any
     ) -> list[EngineRequest]:
         if not isinstance(params, SamplingParams):
             raise ValueError(
@@ -169,7 +174,10 @@ class LLM:
                 f"lora_request={describe(lora_request)} is not allowed: it must be a LoRARequest, "
                 "or None for the base model"
             )
-        return self._input_processor.process(request_id, prompt, params, lora_request)
+        if not isinstance(priority, int):
+            raise ValueError(f"priority={describe(priority)} is not allowed: it must be an integer")
+        service = Service(priority=priority)
+        return self._input_processor.process(request_id, prompt, params, lora_request, service)
 
     def _run(
         self, requests: list[tuple[str | None, list[EngineRequest]]], use_tqdm: bool

@@ -137,7 +137,7 @@ class OutputProcessor:
             entries = map(self._logprobs, output.prompt_logprobs)
             total.prompt_logprobs = [None, *entries]
         if output.error is not None and total.error is None:
-            total.error = RequestError(output.error, output.error_status)
+            total.error = RequestError(output.error, output.error_status, output.retry_after)
 
         num_old = len(result.token_ids)
         result.token_ids += output.new_token_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,11 +45,42 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     eos_token_ids: list[int]
 
 
+# What service costs. A generated token needs a pass over the weights of its own, a prompt token
+# shares one.
+PROMPT_TOKEN_COST = 1
+OUTPUT_TOKEN_COST = 2
+
+
 class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+class Service(msgspec.Struct, frozen=True, kw_only=True):
+    """Whom a request is for, and how it is served while others wait.
+
+    Raises ValueError for a value that is not allowed.
+    """
+
+    tenant: str = ""
+    """Service is shared fairly between (tenant, adapter) pairs."""
+    weight: float = 1.0
+    """A pair of twice the weight gets twice the service."""
+    priority: int = 0
+    """Requests of one pair are served in this order, the lowest first."""
+    max_queue_seconds: float | None = None
+    """How long the request may wait for its first turn; None: as the engine is configured."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight={self.weight} is not allowed: it must be above 0")
+        if not -(2**31) <= self.priority < 2**31:
+            raise ValueError(f"priority={self.priority} is not allowed: it must have 32 bits")
+        seconds = self.max_queue_seconds
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise ValueError(f"max_queue_seconds={seconds} is not allowed: it must be above 0")
 
 
 class EngineRequest(msgspec.Struct, kw_only=True):
@@ -64,8 +96,7 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     seed: int
     """The sampling seed: the user's, or one drawn for the request."""
     lora_request: LoRARequest | None = None
-    tenant: str = ""
-    """Service is shared fairly between (tenant, adapter) pairs."""
+    service: Service = msgspec.field(default_factory=Service)
     arrival_time: float = msgspec.field(default_factory=time.monotonic)
 
 
@@ -94,6 +125,8 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     """With finish_reason "error": what was wrong, in words for the user."""
     error_status: int = 500
     """The HTTP status that fits the error: 400 for the user's mistake, 404 not found, 500 ours."""
+    retry_after: float | None = None
+    """Seconds after which the same request may succeed, where that is known."""
 
 
 class RequestStatus(enum.Enum):
@@ -181,7 +214,13 @@ class Request:
     @property
     def service_key(self) -> tuple[str, bytes]:
         """Whose service counter this request is charged to."""
-        return self.wire.tenant, self.prefix_root
+        return self.wire.service.tenant, self.prefix_root
+
+    @property
+    def queued_service(self) -> float:
+        """The most service that it may still ask for, as its queue counts it."""
+        service = PROMPT_TOKEN_COST * self.num_prompt_tokens
+        return service + OUTPUT_TOKEN_COST * (self.max_num_tokens - len(self.all_token_ids))
 
     def finish_reason_at(self, token_id: int) -> tuple[FinishReason | None, int | None]:
         """Whether the token just appended ends the request: (finish_reason, stop_reason)."""
@@ -197,11 +236,13 @@ class Request:
 
 
 class RequestError(ValueError):
-    """A request failed for a reason of its own; `status` is the HTTP status that fits."""
+    """A request failed for a reason of its own; `status` is the HTTP status that fits, retry_after
+    the seconds to wait before trying again, where that may help."""
 
-    def __init__(self, message: str, status: int = 400) -> None:
+    def __init__(self, message: str, status: int = 400, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
 
 def refusal(request: EngineRequest, error: RequestError) -> EngineOutput:
@@ -212,6 +253,7 @@ def refusal(request: EngineRequest, error: RequestError) -> EngineOutput:
         finish_reason=FinishReason.ERROR,
         error=str(error),
         error_status=error.status,
+        retry_after=error.retry_after,
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from loraplex.engine.adapter_manager import Adapter, AdapterManager, Residency
+from loraplex.engine.admission import Admission
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.fair_queue import FairQueue
 from loraplex.engine.kv_manager import KVManager
@@ -25,7 +26,12 @@ class Scheduler:
     """Owns all requests: waiting ones in a fair queue, running ones in order of admission."""
 
     def __init__(
-        self, config: EngineConfig, pool: PagePool, kv: KVManager, adapters: AdapterManager
+        self,
+        config: EngineConfig,
+        pool: PagePool,
+        kv: KVManager,
+        adapters: AdapterManager,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
@@ -34,6 +40,9 @@ class Scheduler:
         self._kv = kv
         self._adapters = adapters
         self._waiting = FairQueue()
+        self._admission = Admission(
+            self._waiting, config.max_num_waiting, config.max_queue_seconds, clock
+        )
         self._running: list[Request] = []
         self._stopped: list[Request] = []
         self._requests: dict[str, Request] = {}
@@ -46,12 +55,14 @@ class Scheduler:
     # -- requests in and out ---------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Raises RequestError if the request could never run."""
+        """Raises RequestError if the request could never run, or not in time."""
         if request.request_id in self._requests:
             raise RequestError(f"request_id={request.request_id!r} is in use by another request")
         self._check_fits(request, num_adapter_pages=0)
+        self._admission.check(request)
         self._requests[request.request_id] = request
         self._waiting.enter(request)
+        self._admission.enter(request)
         if request.adapter is not None:
             self._adapters.prefetch(request.adapter)
 
@@ -85,6 +96,10 @@ class Scheduler:
         """
         self._pool.clock += 1
         self._adapters.finish_copies()
+        self._admission.record_step()
+        for request, error in self._admission.take_late():
+            self._waiting.remove(request)
+            self._finish_with_error(request, error)
         plan = StepPlan()
         budget = self._schedule_running(plan)
         self._admit_waiting(plan, budget)
@@ -200,7 +215,7 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.push_front(request)
+        self._waiting.push(request)
 
     def _take_out(self, request: Request) -> None:
         """Off the queue it is in, and off what it holds."""
@@ -279,6 +294,7 @@ class Scheduler:
         output = self._make_output(request, FinishReason.ERROR)
         output.error = str(error)
         output.error_status = getattr(error, "status", 400)
+        output.retry_after = getattr(error, "retry_after", None)
         self._outputs.append(output)
         self._forget(request)
 

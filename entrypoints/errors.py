@@ -27,17 +27,25 @@ class ApiError(Exception):
     message: str
     param: str | None = None
     code: str | None = None
+    retry_after: float | None = None
+    """Seconds, for the header of this name."""
 
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         error = {
             "message": self.message,
-            "type": "server_error" if self.status >= 500 else "invalid_request_error",
+            "type": self._type,
             "param": self.param,
             "code": self.code,
         }
         return {"error": error}
+
+    @property
+    def _type(self) -> str:
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -52,7 +60,9 @@ def to_api_error(error: Exception) -> ApiError:
         case EngineDeadError():
             return ApiError(503, str(error), code="engine_dead")
         case RequestError():
-            return _from_value_error(error, error.status)
+            api_error = _from_value_error(error, error.status)
+            api_error.retry_after = error.retry_after
+            return api_error
         case ValueError():
             return _from_value_error(error, 400)
     logger.error("A request failed.", exc_info=error)

@@ -56,6 +56,7 @@ class ChatAnswer:
         self._body = body
         self._lora_request = serving.models.resolve(body.model)
         self._params = body.sampling_params()
+        self._service = body.service()
         serving.check_max_tokens(len(prompt), self._params.max_tokens)
         self._prompt = prompt
         self._heading = make_heading("chatcmpl", body.model)
@@ -89,7 +90,9 @@ class ChatAnswer:
             yield encode(self._chunk_message([], count_usage([output])))
 
     def _outputs(self, stream: bool) -> AsyncGenerator[RequestOutput, None]:
-        return self._serving.generate(self._prompt, self._params, self._lora_request, stream)
+        return self._serving.generate(
+            self._prompt, self._params, self._lora_request, self._service, stream
+        )
 
     def _choice(self, completion: CompletionOutput) -> ChatChoice:
         return ChatChoice(

@@ -52,6 +52,7 @@ class CompletionAnswer:
         self._body = body
         self._lora_request = serving.models.resolve(body.model)
         self._params = body.sampling_params()
+        self._service = body.service()
         self._prompts = prompts
         for prompt in prompts:
             serving.check_max_tokens(len(prompt), body.max_tokens)
@@ -92,7 +93,9 @@ class CompletionAnswer:
     def _outputs(self, stream: bool) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         return merge(
             [
-                self._serving.generate(prompt, self._params, self._lora_request, stream)
+                self._serving.generate(
+                    prompt, self._params, self._lora_request, self._service, stream
+                )
                 for prompt in self._prompts
             ]
         )

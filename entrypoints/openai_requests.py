@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from loraplex.engine.request import describe
+from loraplex.engine.request import Service, describe
 from loraplex.engine.sampling_params import SamplingParams
 
 # Fields about bookkeeping on OpenAI's side. They change no token, so any value may come.
@@ -23,7 +23,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "length_penalty": (1.0,),
-    "priority": (0,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
@@ -135,6 +134,8 @@ class GenerationRequest(StrictModel):
     skip_special_tokens: bool | None = None
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(token_id_keys)] = None
     prompt_logprobs: int | None = None
+    priority: int | None = None
+    max_queue_seconds: float | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -156,6 +157,10 @@ class GenerationRequest(StrictModel):
     def include_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def service(self) -> Service:
+        """Raises ValueError for a value that is not allowed."""
+        return Service(priority=self.priority or 0, max_queue_seconds=self.max_queue_seconds)
 
     def _sampling_params(self, **options: Any) -> SamplingParams:
         named = {name: getattr(self, name) for name in self.SAMPLING_FIELDS}

@@ -13,7 +13,7 @@ from typing import Any
 
 from loraplex.engine.async_engine import AsyncEngine, call_for_text
 from loraplex.engine.outputs import Logprob, RequestOutput
-from loraplex.engine.request import LoRARequest
+from loraplex.engine.request import LoRARequest, Service
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.tokenizer import Tokenizer
 from loraplex.entrypoints.errors import ApiError, to_api_error
@@ -75,13 +75,18 @@ class Serving:
         prompt_token_ids: list[int],
         sampling_params: SamplingParams,
         lora_request: LoRARequest | None,
+        service: Service,
         stream: bool,
     ) -> AsyncGenerator[RequestOutput, None]:
         """As AsyncEngine.generate, counted."""
         self.metrics.request_started("" if lora_request is None else lora_request.lora_name)
         output: RequestOutput | None = None
         outputs = self.engine.generate(
-            prompt_token_ids, sampling_params, lora_request=lora_request, stream=stream
+            prompt_token_ids,
+            sampling_params,
+            lora_request=lora_request,
+            service=service,
+            stream=stream,
         )
         try:
             async with aclosing(outputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -96,8 +97,12 @@ async def merge(
 def json_error(error: Exception) -> Response:
     """The error as an answer."""
     api_error = to_api_error(error)
+    seconds = api_error.retry_after
     return Response(
-        msgspec.json.encode(api_error.body), api_error.status, media_type="application/json"
+        msgspec.json.encode(api_error.body),
+        api_error.status,
+        headers=None if seconds is None else {"Retry-After": str(math.ceil(seconds))},
+        media_type="application/json",
     )
 
 

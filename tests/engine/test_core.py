@@ -14,7 +14,7 @@ from fake_device import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.engine.request import EngineOutput, EngineRequest, FinishReason, RequestError
+from loraplex.engine.request import EngineOutput, EngineRequest, FinishReason, RequestError, Service
 
 
 def run_all(core, requests: list[EngineRequest]):
@@ -194,7 +194,7 @@ def test_any_workload_ends_with_the_right_tokens(data, steps_ahead: int):
             max_tokens,
             adapter=data.draw(st.sampled_from([None, "a", "b", "c"])),
             num_adapter_pages=3,
-            tenant=data.draw(st.sampled_from(["", "t"])),
+            service=Service(tenant=data.draw(st.sampled_from(["", "t"]))),
             eos_token_ids=data.draw(st.sampled_from([(EOS_TOKEN_ID,), range(0, EOS_TOKEN_ID, 8)])),
             **sampling,
         )

@@ -4,13 +4,14 @@ from fake_device import make_request
 
 from loraplex.engine.adapter_manager import Adapter
 from loraplex.engine.fair_queue import FairQueue
-from loraplex.engine.request import LoRARequest, Request
+from loraplex.engine.request import LoRARequest, Request, Service
 
 ADAPTERS = {name: Adapter(LoRARequest(name, name), name.encode(), 0) for name in "abc"}
 
 
-def make(request_id: str, adapter: str, tenant: str = "") -> Request:
-    return Request(make_request(request_id, [1] * 10, 8, tenant=tenant), ADAPTERS[adapter])
+def make(request_id: str, adapter: str, **service) -> Request:
+    wire = make_request(request_id, [1] * 10, 8, service=Service(**service))
+    return Request(wire, ADAPTERS[adapter])
 
 
 def serve(queue: FairQueue, num_requests: int, tokens: int = 10) -> list[str]:
@@ -69,7 +70,7 @@ def test_preempted_requests_come_back_first_and_handicaps_are_bounded():
     queue.enter(first)
     queue.enter(second)
     queue.remove(first)
-    queue.push_front(first)
+    queue.push(first)
     other = make("b1", "b")
     queue.enter(other)
     queue.charge(first, 50, 0)

@@ -7,7 +7,7 @@ import pytest
 from fakes import BOS, EOS, ByteTokenizer
 
 from loraplex.engine.input_processor import InputProcessor, prompt_text
-from loraplex.engine.request import LoRARequest, ModelInfo
+from loraplex.engine.request import LoRARequest, ModelInfo, Service
 from loraplex.engine.sampling_params import SamplingParams
 
 MODEL = ModelInfo(
@@ -44,11 +44,11 @@ def test_forms_of_a_prompt(prompt, token_ids, text):
 def test_completions_are_requests_whose_seeds_count_up():
     lora_request = LoRARequest("a", "/a")
     requests = processor().process(
-        "r", [1], SamplingParams(n=3, seed=2**64 - 1), lora_request, tenant="t"
+        "r", [1], SamplingParams(n=3, seed=2**64 - 1), lora_request, service=Service(tenant="t")
     )
     assert [r.request_id for r in requests] == ["r#0", "r#1", "r#2"]
     assert [r.seed for r in requests] == [2**64 - 1, 0, 1]
-    assert {(r.lora_request, r.tenant) for r in requests} == {(lora_request, "t")}
+    assert {(r.lora_request, r.service.tenant) for r in requests} == {(lora_request, "t")}
 
 
 def test_requests_without_a_seed_draw_from_the_engines():

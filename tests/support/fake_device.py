@@ -22,6 +22,7 @@ from loraplex.engine.request import (
     EngineRequest,
     LoRARequest,
     ModelInfo,
+    Service,
     TokenLogprobs,
 )
 from loraplex.engine.sampling_params import SamplingParams
@@ -257,7 +258,7 @@ def make_request(
     max_tokens: int,
     adapter: str | None = None,
     num_adapter_pages: int = 2,
-    tenant: str = "",
+    service: Service | None = None,
     eos_token_ids: Sequence[int] = (EOS_TOKEN_ID,),
     **params: Any,
 ) -> EngineRequest:
@@ -271,7 +272,7 @@ def make_request(
         eos_token_ids=list(eos_token_ids),
         seed=len(request_id),
         lora_request=None if adapter is None else LoRARequest(adapter, path),
-        tenant=tenant,
+        service=service or Service(),
     )
 
 
