@@ -12,62 +12,44 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from loraplex import native
+from loraplex.attention.backend import get_backend
+from loraplex.benchmarks.kernel_cases import (
+    GROUPS,
+    HEADING,
+    AttentionCase,
+    Call,
+    FigureTable,
+    ModelShape,
+    attention_shape,
+    group_widths,
+    row_operations,
+    scatter_images,
+    uniform_layout,
+)
 from loraplex.benchmarks.results import write_result
-from loraplex.engine.models import ops as model_ops
+from loraplex.benchmarks.roofline import rank_elements
 from loraplex.lora import ops
-from loraplex.lora.image import layout_image
-from loraplex.lora.spec import BaseModelSpec, LoRAModule
-
-Call = Callable[[], object]
 
 # SmolLM2-135M.
-NUM_LAYERS, HIDDEN, INTERMEDIATE = 30, 576, 1536
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 9, 3, 64
-BLOCK_SIZE = 16
-WIDTHS = {
-    "q_proj": (HIDDEN, NUM_HEADS * HEAD_DIM),
-    "k_proj": (HIDDEN, NUM_KV_HEADS * HEAD_DIM),
-    "v_proj": (HIDDEN, NUM_KV_HEADS * HEAD_DIM),
-    "o_proj": (NUM_HEADS * HEAD_DIM, HIDDEN),
-    "gate_proj": (HIDDEN, INTERMEDIATE),
-    "up_proj": (HIDDEN, INTERMEDIATE),
-    "down_proj": (INTERMEDIATE, HIDDEN),
-}
-GROUPS = [[0, 1, 2], [3], [4, 5], [6]]
-SPEC = BaseModelSpec(
-    "llama",
-    NUM_LAYERS,
-    tuple(LoRAModule(name, name, inputs, outputs) for name, (inputs, outputs) in WIDTHS.items()),
+SHAPE = ModelShape(
+    num_layers=30, hidden=576, intermediate=1536, num_heads=9, num_kv_heads=3, head_dim=64
 )
-
-
-@dataclass
-class Figure:
-    """One case: what it moved and computed, and how long that took."""
-
-    case: str
-    microseconds: float
-    gigabytes_per_second: float
-    gflops: float
-    share_of_ceiling: float
+SPEC = SHAPE.spec(SHAPE.num_layers)
+ATTENTION_LAYERS = 8
 
 
 class Bench:
     def __init__(self, dtype: torch.dtype, seconds: float) -> None:
         self.dtype, self.seconds = dtype, seconds
-        self.itemsize = dtype.itemsize
-        self.figures: list[Figure] = []
-        self.peak_bytes = self.measure_reading()
-        self.peak_flops = self.measure_products()
+        self.table = FigureTable(self.measure_reading(), self.measure_products())
 
     def best(self, calls: Sequence[Call]) -> float:
         """Seconds that the calls take one after another.
@@ -93,54 +75,42 @@ class Bench:
         return 2 * 512**3 / self.best([lambda: torch.mm(a, b, out=out)])
 
     def add(self, case: str, calls: Sequence[Call], num_bytes: float, flops: float) -> None:
-        seconds = self.best(calls)
-        floor = max(num_bytes / self.peak_bytes, flops / self.peak_flops)
-        figure = Figure(
-            case, seconds * 1e6, num_bytes / seconds / 1e9, flops / seconds / 1e9, floor / seconds
-        )
-        self.figures.append(figure)
-        print(
-            f"{case:44}{figure.microseconds:12.1f}{figure.gigabytes_per_second:9.1f}"
-            f"{figure.gflops:9.1f}{figure.share_of_ceiling:9.0%}",
-            flush=True,
-        )
+        self.table.add(case, self.best(calls), num_bytes, flops)
+
+    def new(self, *sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes).to(self.dtype)
 
 
 class LoraCase:
     """Adapters of one rank in shuffled pages, and a step's rows."""
 
     def __init__(self, dtype: torch.dtype, num_adapters: int, rows: int, rank: int) -> None:
-        page_bytes = NUM_LAYERS * 2 * BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM * dtype.itemsize
-        places = {(layer, m): rank for layer in range(NUM_LAYERS) for m in range(len(WIDTHS))}
-        layout = layout_image(places, SPEC, page_bytes, dtype.itemsize)
-        num_pages = num_adapters * layout.num_pages
-        self.pool = torch.empty(num_pages, page_bytes, dtype=torch.uint8)
+        page_bytes = SHAPE.page_bytes(dtype.itemsize)
+        layout = uniform_layout(SPEC, rank, page_bytes, dtype.itemsize)
+        self.pool = torch.empty(num_adapters * layout.num_pages, page_bytes, dtype=torch.uint8)
         self.pool.view(dtype).normal_()
-        self.page_tables = torch.randperm(num_pages).int().view(num_adapters, -1)
-        header = torch.from_numpy(layout.header).flatten().view(torch.uint8)
-        for pages in self.page_tables:
-            self.pool[pages[0], : len(header)] = header
+        self.page_tables = scatter_images(self.pool, layout, num_adapters)
         per_adapter = torch.full((num_adapters,), rows // num_adapters)
         self.segment_indptr = torch.tensor([0, *per_adapter.cumsum(0)], dtype=torch.int32)
-        self.x = {n: torch.randn(rows, n).to(dtype) for n in (HIDDEN, INTERMEDIATE)}
-        self.y = torch.zeros(rows, 2 * INTERMEDIATE, dtype=dtype)
+        self.x = {n: torch.randn(rows, n).to(dtype) for n in (SHAPE.hidden, SHAPE.intermediate)}
+        self.y = torch.zeros(rows, 2 * SHAPE.intermediate, dtype=dtype)
         self.v = torch.zeros(rows, 3, rank)
-        elements = NUM_LAYERS * rank * sum(i + o for i, o in WIDTHS.values())
+        elements = rank * rank_elements(SPEC)
         self.num_bytes = num_adapters * elements * dtype.itemsize
         self.flops = 2 * rows * elements
 
     def groups(self) -> Iterator[tuple[list[int], tuple]]:
-        for layer in range(NUM_LAYERS):
-            for modules in GROUPS:
+        for layer in range(SHAPE.num_layers):
+            for modules in GROUPS.values():
                 arguments = (self.pool, self.segment_indptr, self.page_tables)
-                yield modules, (*arguments, layer, modules, len(WIDTHS))
+                yield modules, (*arguments, layer, modules, SPEC.num_modules)
 
     def shrinks(self) -> list[Call]:
         return [
             partial(
                 ops.shrink,
                 self.v[:, : len(modules)],
-                self.x[SPEC.modules[modules[0]].in_features],
+                self.x[group_widths(SPEC, modules)[0]],
                 *arguments,
             )
             for modules, arguments in self.groups()
@@ -153,7 +123,7 @@ class LoraCase:
                 self.y,
                 self.v[:, : len(modules)],
                 *arguments,
-                [0, *accumulate(SPEC.modules[module].out_features for module in modules)],
+                group_widths(SPEC, modules)[1],
             )
             for modules, arguments in self.groups()
         ]
@@ -183,70 +153,25 @@ def bench_attention(bench: Bench) -> None:
     cases = [("decode", 1, 16, 2048), ("decode", 1, 64, 256), ("decode", 1, 1, 8192)]
     cases += [("prefill", 1024, 1, 1024), ("prefill", 256, 4, 256), ("prefill", 512, 1, 4096)]
     for kind, num_queries, num_requests, context in cases:
-        layers = 8
-        num_blocks = -(-context // BLOCK_SIZE)
-        num_pages = num_requests * num_blocks
-        pool = torch.randn(num_pages, layers, 2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
-        pool = pool.to(bench.dtype)
-        block_table = torch.randperm(num_pages).int().view(num_requests, -1)
-        cu_seqlens_q = torch.arange(num_requests + 1).int() * num_queries
-        seq_lens = torch.full((num_requests,), context, dtype=torch.int32)
-        num_tokens = num_requests * num_queries
-        q = torch.randn(num_tokens, NUM_HEADS, HEAD_DIM).to(bench.dtype)
-        out = torch.empty_like(q)
-
-        calls = [
-            partial(
-                native.paged_attention, out, q, pool[:, layer, 0], pool[:, layer, 1], block_table,
-                cu_seqlens_q, seq_lens, HEAD_DIM**-0.5, None, 0.0,
-            )
-            for layer in range(layers)
-        ]  # fmt: skip
-        pairs = num_requests * num_queries * (context - (num_queries - 1) / 2)
+        case = AttentionCase(SHAPE, num_requests, num_queries, context)
+        backend = get_backend(
+            "native",
+            attention_shape(SHAPE, bench.dtype, torch.device("cpu"), num_requests, case.num_pages),
+        )
+        pool = bench.new(case.num_pages, ATTENTION_LAYERS, *case.kv_sizes)
         bench.add(
-            f"attention {kind} {num_requests} x {num_queries} on {context}, {layers} layers",
-            calls,
-            num_bytes=pool.nbytes,
-            flops=layers * 4 * pairs * NUM_HEADS * HEAD_DIM,
+            f"attention {kind} {num_requests} x {num_queries} on {context}, "
+            f"{ATTENTION_LAYERS} layers",
+            case.calls(backend, pool, bench.new(ATTENTION_LAYERS, *case.q_sizes)),
+            num_bytes=ATTENTION_LAYERS * case.elements * bench.dtype.itemsize,
+            flops=ATTENTION_LAYERS * case.flops,
         )
 
 
 def bench_rows(bench: Bench, rows: int) -> None:
     """Small operations; what they touch is in the cache, so that only the time says something."""
-    x, residual = torch.randn(2, rows, HIDDEN).to(bench.dtype)
-    weight = torch.ones(HIDDEN, dtype=bench.dtype)
-    bench.add(
-        f"fused_add_rms_norm {rows} rows",
-        [lambda: model_ops.fused_add_rms_norm(x, residual, weight, 1e-5)],
-        num_bytes=4 * x.nbytes,
-        flops=0,
-    )
-    qkv = torch.randn(rows, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM).to(bench.dtype)
-    q, k, v = qkv.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
-    angles = torch.rand(2048, HEAD_DIM // 2)
-    cache = torch.cat((angles.cos(), angles.sin()), -1)
-    positions = torch.arange(rows)
-    bench.add(
-        f"apply_rope {rows} rows",
-        [lambda: model_ops.apply_rope(positions, q, k, cache)],
-        num_bytes=2 * (q.nbytes + k.nbytes),
-        flops=0,
-    )
-    pages = torch.zeros(256, 2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, dtype=bench.dtype)
-    slots = torch.randperm(256 * BLOCK_SIZE)[:rows]
-    bench.add(
-        f"write_kv {rows} rows",
-        [lambda: native.write_kv(k, v, pages[:, 0], pages[:, 1], slots)],
-        num_bytes=2 * (k.nbytes + v.nbytes),
-        flops=0,
-    )
-    gate_up = torch.randn(rows, 2 * INTERMEDIATE).to(bench.dtype)
-    bench.add(
-        f"silu_and_mul {rows} rows",
-        [lambda: model_ops.silu_and_mul(gate_up)],
-        num_bytes=1.5 * gate_up.nbytes,
-        flops=0,
-    )
+    for name, make, elements in row_operations(SHAPE, rows, bench.new, num_kv_pages=256):
+        bench.add(f"{name} {rows} rows", [make()], elements * bench.dtype.itemsize, flops=0)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -276,9 +201,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     isa = native.get_cpu_isa()
     print(
         f"{isa}, {options.dtype}, {options.threads} threads; this machine reads "
-        f"{bench.peak_bytes / 1e9:.1f} GB/s and computes {bench.peak_flops / 1e9:.0f} GFLOP/s"
+        f"{bench.table.peak_bytes / 1e9:.1f} GB/s and computes "
+        f"{bench.table.peak_flops / 1e9:.0f} GFLOP/s"
     )
-    print(f"{'case':44}{'us':>12}{'GB/s':>9}{'GFLOP/s':>9}{'ceiling':>9}")
+    print(HEADING)
     bench_lora(bench)
     bench_attention(bench)
     for rows in (64, 512):
@@ -288,9 +214,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         {
             "isa": isa,
             "threads": options.threads,
-            "read_gigabytes_per_second": bench.peak_bytes / 1e9,
-            "matmul_gflops": bench.peak_flops / 1e9,
-            "cases": [asdict(figure) for figure in bench.figures],
+            "read_gigabytes_per_second": bench.table.peak_bytes / 1e9,
+            "matmul_gflops": bench.table.peak_flops / 1e9,
+            "cases": [asdict(figure) for figure in bench.table.figures],
         },
         options.output,
     )

@@ -33,6 +33,9 @@ class NullStore:
     def max_rank(self, version):
         return 16
 
+    def module_mask(self, version):
+        return 1
+
     def fingerprint(self, path):
         return path
 

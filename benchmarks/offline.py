@@ -14,8 +14,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if min(options.num_adapters) < 0 or min(options.num_requests, options.passes) < 1:
         raise ValueError("--num-adapters must be 0 or more, --num-requests and --passes 1 or more")
     engine_options = make_engine_options(options)
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch_directory())))
-        if options.shape is not None:
-            model = str(write_model(scratch / options.shape, options.shape))
-            engine_options.setdefault("load_format", "dummy")
-        else:
-            model = options.model
+    with prepared_model(options, engine_options) as (scratch, model):
         vocab_size = read_vocab_size(model)
         workloads = {
             count: m1(
@@ -60,28 +54,28 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         }
         adapters = write_all_adapters(options, model, options.adapter_directory or scratch)
         most_distinct = max(map(num_distinct_adapters, workloads.values()))
+        num_pages, page_bytes = adapter_size(
+            model, engine_options, max(options.rank), options.modules
+        )
         engine_options.setdefault(
             "host_adapter_bytes",
-            max(
-                EngineConfig.host_adapter_bytes,
-                most_distinct * adapter_bytes(options, model, engine_options),
-            ),
+            max(EngineConfig.host_adapter_bytes, most_distinct * num_pages * page_bytes),
         )
         llm, startup_seconds = start(model, engine_options)
-        stack.callback(llm.shutdown)
-        print(f"start-up {startup_seconds:.1f} s", flush=True)
-        warm_up(llm, workloads[options.num_adapters[0]])
-        figures: dict[str, Any] = {
-            "model": options.shape or options.model,
-            "engine_options": engine_options,
-            "workload": {
-                name: getattr(options, name)
-                for name in ("num_requests", "input_len", "output_len", "rank", "modules")
-            },
-            "startup_seconds": round(startup_seconds, 2),
-            "rows": [],
-        }
-        measure(llm, workloads, adapters, options, figures)
+        with llm:
+            print(f"start-up {startup_seconds:.1f} s", flush=True)
+            warm_up(llm, workloads[options.num_adapters[0]])
+            figures: dict[str, Any] = {
+                "model": options.shape or options.model,
+                "engine_options": engine_options,
+                "workload": {
+                    name: getattr(options, name)
+                    for name in ("num_requests", "input_len", "output_len", "rank", "modules")
+                },
+                "startup_seconds": round(startup_seconds, 2),
+                "rows": [],
+            }
+            measure(llm, workloads, adapters, options, figures)
     return 0
 
 
@@ -118,17 +112,7 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-num-batched-tokens", type=int, metavar="N", help="most tokens of one step"
     )
-    parser.add_argument(
-        "--engine-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other option of LLM(...), as in block_size=32, pool_bytes=2GiB, dtype=float32; "
-        "may be given several times. host_adapter_bytes is made large enough unless given",
-    )
-    parser.add_argument(
-        "--output", type=Path, help="JSON file to write; the picture goes beside it"
-    )
+    add_common_arguments(parser)
     return parser
 
 
@@ -139,6 +123,21 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--shape", choices=list(SHAPES), help="a model of this shape with random weights"
+    )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """--engine-option, and --output."""
+    parser.add_argument(
+        "--engine-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other option of LLM(...), as in block_size=32, pool_bytes=2GiB, dtype=float32; "
+        "may be given several times. What the benchmark needs is set unless given",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file to write; the picture goes beside it"
     )
 
 
@@ -166,7 +165,7 @@ def make_engine_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options of LLM. Raises ValueError for an --engine-option that is none."""
     engine_options: dict[str, Any] = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
     for name in ("max_num_seqs", "max_num_batched_tokens"):
-        if getattr(options, name) is not None:
+        if getattr(options, name, None) is not None:
             engine_options[name] = getattr(options, name)
     engine_options |= dict(parse_engine_option(text) for text in options.engine_option)
     EngineConfig.from_options(**engine_options)
@@ -191,6 +190,20 @@ def parse_engine_option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+@contextmanager
+def prepared_model(
+    options: argparse.Namespace, engine_options: dict[str, Any]
+) -> Iterator[tuple[Path, str]]:
+    """A directory that is there as long as this is, and the model: the one that the flags name, or
+    one of their shape, for which engine_options then ask for random weights."""
+    with tempfile.TemporaryDirectory(dir=scratch_directory()) as name:
+        scratch, model = Path(name), options.model
+        if options.shape is not None:
+            model = str(write_model(scratch / options.shape, options.shape))
+            engine_options.setdefault("load_format", "dummy")
+        yield scratch, model
 
 
 def scratch_directory() -> str | None:
@@ -221,8 +234,10 @@ def write_all_adapters(
     }
 
 
-def adapter_bytes(options: argparse.Namespace, model: str, engine_options: dict[str, Any]) -> int:
-    """Bytes of host memory that the largest of the adapters takes."""
+def adapter_size(
+    model: str, engine_options: dict[str, Any], rank: int, modules: Sequence[str] | None
+) -> tuple[int, int]:
+    """Pages that an adapter of this rank takes, and the bytes of a page; modules: None is all."""
     from loraplex.engine.models.config import read_model_config, resolve_dtype
     from loraplex.engine.models.locate import locate_model
     from loraplex.engine.models.registry import lora_spec
@@ -232,12 +247,12 @@ def adapter_bytes(options: argparse.Namespace, model: str, engine_options: dict[
     spec, page_bytes = lora_spec(model, None, config.dtype, config.block_size)
     itemsize = resolve_dtype(config.dtype, read_model_config(locate_model(model))).itemsize
     ranks = {
-        (layer, module_id): max(options.rank)
+        (layer, module_id): rank
         for layer in range(spec.num_layers)
         for module_id, module in enumerate(spec.modules)
-        if module.name in options.modules
+        if modules is None or module.name in modules
     }
-    return image_num_pages(ranks, spec, page_bytes, itemsize) * page_bytes
+    return image_num_pages(ranks, spec, page_bytes, itemsize), page_bytes
 
 
 def start(model: str, engine_options: dict[str, Any]) -> tuple[LLM, float]:

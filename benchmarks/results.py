@@ -6,13 +6,24 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 PACKAGES = ("loraplex", "torch", "transformers", "peft", "numpy", "flashinfer-python")
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Mean and percentiles of these times, in milliseconds; None of none."""
+    if not seconds:
+        return None
+    p50, p90, p99 = np.percentile(seconds, [50, 90, 99])
+    figures = {"mean": np.mean(seconds), "p50": p50, "p90": p90, "p99": p99}
+    return {name: round(float(value) * 1e3, 3) for name, value in figures.items()}
 
 
 def cpu_name() -> str:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import uvloop
 
 from loraplex.benchmarks import workloads
@@ -38,7 +37,7 @@ from loraplex.benchmarks.offline import (
     scratch_directory,
 )
 from loraplex.benchmarks.plots import plot_latencies
-from loraplex.benchmarks.results import result_path, write_result
+from loraplex.benchmarks.results import milliseconds, result_path, write_result
 from loraplex.benchmarks.synthetic_model import write_model
 
 START_TIMEOUT = 600.0
@@ -325,17 +324,8 @@ def summarize(
         "output_tokens_per_second": round(num_tokens / seconds, 1),
         "goodput_requests_per_second": round(len(good) / seconds, 3),
         "good_share": round(len(good) / len(records), 4),
-        "milliseconds": {name: _spread(values) for name, values in times.items()},
+        "milliseconds": {name: milliseconds(values) for name, values in times.items()},
     }
-
-
-def _spread(seconds: Sequence[float]) -> dict[str, float] | None:
-    """In milliseconds."""
-    if not seconds:
-        return None
-    p50, p90, p99 = np.percentile(seconds, [50, 90, 99])
-    figures = {"mean": np.mean(seconds), "p50": p50, "p90": p90, "p99": p99}
-    return {name: round(float(value) * 1e3, 3) for name, value in figures.items()}
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -369,7 +359,9 @@ def write(
     print(f"written to {path}")
     title = f"{summary['requests_per_second']:.1f} requests/s"
     picture = plot_latencies(
-        latencies(records), title, result_path(name, options.output).with_suffix(".png")
+        {kind: {"": seconds} for kind, seconds in latencies(records).items()},
+        title,
+        result_path(name, options.output).with_suffix(".png"),
     )
     if picture is not None:
         print(f"written to {picture}")

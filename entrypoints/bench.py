@@ -9,7 +9,9 @@ from typing import Any
 BENCHMARKS = {
     "offline": "Throughput of the offline engine by number of adapters.",
     "serve": "Latency of an OpenAI-compatible server under traffic that does not wait for it.",
-    "kernels": "The CPU kernels against what this machine's memory and arithmetic allow.",
+    "decode": "The time of a decode step by batch, adapters and rank against its floor.",
+    "cold": "What requests to adapters in host memory cost themselves and those that run.",
+    "kernels": "The kernels against what this machine's memory and arithmetic allow.",
 }
 EXAMPLES = """\
 examples:
@@ -21,14 +23,19 @@ examples:
       any OpenAI-compatible server with the adapters that it lists
   loraplex bench serve --model DIRECTORY --num-adapters 100 --alpha 0.3 -- --max-num-seqs 64
       a server of its own; what follows -- are flags of `loraplex serve`
+  loraplex bench decode --shape llama-3-8b --batch 64 256 --adapters 0 16 batch --ranks 16
+      the whole engine; without flags, the whole grid
+  loraplex bench cold --shape llama-3-8b --num-running 64 --num-cold 100 --rate 20
+      gaps between tokens and times to first token, adapters cold and warm
   loraplex bench kernels
+      the GPU's where there is one, else the CPU's
 
 `loraplex bench BENCHMARK --help` lists a benchmark's flags. Results are JSON, with the machine,
 the versions and the command in them, and a picture if matplotlib is there.
 """
 
 # Where the module has another name than the benchmark.
-MODULES = {"kernels": "cpu_kernels"}
+MODULES = {"decode": "decode_step", "cold": "cold_adapters"}
 
 
 class _Forwarder(argparse.ArgumentParser):
@@ -52,6 +59,18 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """Run a benchmark; what it returns. Raises ValueError, RuntimeError."""
-    name = MODULES.get(arguments.benchmark, arguments.benchmark)
+    if arguments.benchmark == "kernels":
+        name = _kernels()
+    else:
+        name = MODULES.get(arguments.benchmark, arguments.benchmark)
     module = import_module(f"loraplex.benchmarks.{name}")
     return module.main(arguments.flags, prog=f"loraplex bench {arguments.benchmark}")
+
+
+def _kernels() -> str:
+    """The benchmark of this machine's kernels."""
+    # Imported late: it brings torch.
+    from loraplex.engine.config import EngineConfig
+    from loraplex.engine.device import resolve_device
+
+    return "gpu_kernels" if resolve_device(EngineConfig()).type == "cuda" else "cpu_kernels"

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from loraplex.benchmarks import cpu_kernels, results
+from loraplex.engine import device as resolving
 from loraplex.entrypoints.bench import BENCHMARKS
 from loraplex.entrypoints.cli import main
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = [
+    "offline.py", "serve.py", "synthetic_adapters.py", "decode_step.py", "cold_adapters.py",
+    "gpu_kernels.py", "cpu_kernels.py",
+]  # fmt: skip
 RUN = """
 import sys
 from loraplex.entrypoints.cli import main
@@ -30,6 +37,8 @@ finally:
         ([], [*BENCHMARKS, "loraplex bench offline --shape llama-3-8b", "examples:"]),
         (["offline"], ["usage: loraplex bench offline", "--num-adapters", "--engine-option"]),
         (["serve"], ["usage: loraplex bench serve [flags] [-- flags", "--slo-ttft", "--cv"]),
+        (["decode"], ["usage: loraplex bench decode", "--batch", "--bandwidth"]),
+        (["cold"], ["usage: loraplex bench cold", "--num-running", "--rate"]),
     ],
 )
 def test_help_is_quick_and_names_the_flags(flags, words):
@@ -50,6 +59,17 @@ def test_help_of_the_cpu_kernels(capsys):
     assert capsys.readouterr().out.startswith("usage: loraplex bench kernels [-h] [--isa")
 
 
+@pytest.mark.parametrize(("device", "module"), [("cpu", "cpu_kernels"), ("cuda", "gpu_kernels")])
+def test_kernels_are_those_of_the_machine(device, module, monkeypatch):
+    called = []
+    monkeypatch.setattr(resolving, "resolve_device", lambda config: torch.device(device))
+    for name in ("cpu_kernels", "gpu_kernels"):
+        kernels = import_module(f"loraplex.benchmarks.{name}")
+        monkeypatch.setattr(kernels, "main", lambda argv, prog, name=name: called.append(name) or 0)
+    assert main(["bench", "kernels", "--only", "lora"]) == 0
+    assert called == [module]
+
+
 def test_a_mistake_is_one_line(capsys):
     assert main(["bench", "offline", "--engine-option", "x=1"]) == 2
     assert capsys.readouterr().err.startswith("loraplex: 'x' is not an option")
@@ -57,7 +77,7 @@ def test_a_mistake_is_one_line(capsys):
         main(["bench", "online"])
 
 
-@pytest.mark.parametrize("script", ["offline.py", "serve.py", "synthetic_adapters.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_run_from_the_checkout(script):
     done = subprocess.run(
         [sys.executable, f"benchmarks/{script}", "--help"],
@@ -81,8 +101,6 @@ def test_where_results_go(tmp_path, monkeypatch):
 
 
 def test_results_name_the_accelerator_and_the_command(tmp_path, monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")

@@ -1,0 +1,69 @@
+"""How few bytes a decode step can read, by the model's config: what bounds its time from below.
+
+Activations are left out, since caches hold them, and so is the embedding, of which a step reads a
+row for each request. Knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex.lora.spec import BaseModelSpec
+
+
+@dataclass(frozen=True)
+class DecodeBytes:
+    """Bytes that decode steps of a model read."""
+
+    weights: int
+    """All linears and the head, once a step."""
+    rank: int
+    """Each rank of an adapter, once a step for each distinct adapter."""
+    kv_token: int
+    """K and V of each token of context, once a step."""
+
+    @classmethod
+    def of_model(
+        cls, hf_config: Any, dtype_bytes: int, modules: Collection[str] | None = None
+    ) -> DecodeBytes:
+        """modules: the names of those that adapters target; None is all."""
+        # Imported late: it brings torch.
+        from loraplex.engine.models.config import head_dim
+        from loraplex.engine.models.registry import base_model_spec
+
+        spec = base_model_spec(hf_config)
+        layer = sum(module.in_features * module.out_features for module in spec.modules)
+        head = hf_config.hidden_size * hf_config.vocab_size
+        kv_elements = 2 * hf_config.num_key_value_heads * head_dim(hf_config)
+        return cls(
+            weights=dtype_bytes * (spec.num_layers * layer + head),
+            rank=dtype_bytes * rank_elements(spec, modules),
+            kv_token=dtype_bytes * spec.num_layers * kv_elements,
+        )
+
+    def step(self, batch: int, num_adapters: int, rank: int, context: float) -> float:
+        """Of a step of `batch` requests that have so many tokens each before it, on average.
+
+        bytes(B, A, r, L) = weights + A r rank + B (L + 1) kv_token
+        """
+        return (
+            self.weights + num_adapters * rank * self.rank + batch * (context + 1) * self.kv_token
+        )
+
+
+def rank_elements(spec: BaseModelSpec, modules: Collection[str] | None = None) -> int:
+    """Elements of A and B, in all layers, for each rank of an adapter; modules: None is all."""
+    return spec.num_layers * sum(
+        module.in_features + module.out_features
+        for module in spec.modules
+        if modules is None or module.name in modules
+    )
+
+
+def adapter_counts(batch: int, wanted: Iterable[int | str]) -> list[int]:
+    """Which of the wanted numbers of distinct adapters a batch of this size can have, in their
+    order and each once; "batch" stands for one adapter a request."""
+    counts = [batch if count == "batch" else int(count) for count in wanted]
+    return list(dict.fromkeys(count for count in counts if count <= batch))
