@@ -2,10 +2,12 @@
 computed. Shapes are Llama-3-8B's, in bfloat16.
 
 Every call of a case has tensors of its own, weights and activations alike, and together they are
-several times what the L2 cache holds: each is counted as read from memory once, and is. (In a step
-small activations do lie in the cache, so that its kernels may be faster than here.) The calls are
-one CUDA graph, replayed back to back between events; the figure is the median replay's. The
-ceilings are measured on the same device, in the same run: copying memory, and cuBLAS's product.
+several times what the L2 cache holds: each is counted as read from memory once, and is. (Not so
+the scratch between shrink and expand, which the layers of a step share, and what torch allocates
+for results. In a step small activations lie in the cache, too: kernels may be faster than here.)
+The calls are one CUDA graph, replayed back to back between events; the figure is the median
+replay's. The ceilings are measured on the same device, in the same run: copying memory, and
+cuBLAS's product.
 
     python benchmarks/gpu_kernels.py [--only lora attention linears rows]
 """
