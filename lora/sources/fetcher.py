@@ -1,0 +1,326 @@
+"""Fetches adapters in threads of its own, so that one that is slow or failing delays nobody.
+
+Knows which sources there are and what is done about their failures; requests, pages and images are
+the business of whoever calls it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+
+from loraplex.lora.sources.disk_cache import DiskCache, Lease
+from loraplex.lora.sources.download import download_files
+from loraplex.lora.sources.hub import HubSource
+from loraplex.lora.sources.listing import (
+    PICKLED_FILE,
+    Identity,
+    Listing,
+    Patience,
+    Source,
+    SourceFile,
+    SourceUnavailable,
+    choose_files,
+)
+from loraplex.lora.sources.local import LocalSource
+from loraplex.lora.sources.reference import AdapterReference, SourceName
+from loraplex.lora.sources.s3 import S3Source
+from loraplex.lora.spec import AdapterError
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """Where adapters may come from, and at what price."""
+
+    cache_directory: Path
+    cache_bytes: int = 64 * GIB
+    """What may stay on disk of the adapters that were downloaded."""
+    roots: tuple[str, ...] = ()
+    """Directories below which local adapters may be; none allow any, as for one's own program."""
+    s3_roots: tuple[str, ...] = ()
+    """"bucket" or "bucket/prefix", below which clients may read; none allow any."""
+    s3_endpoint_url: str | None = None
+    """Of a store that isn't AWS."""
+    hub_endpoint: str | None = None
+    """Default: HF_ENDPOINT's, or huggingface.co."""
+    hub_token: str | None = field(default=None, repr=False)
+    """Reads the hub for requests that bring no token: all that it may read, they may."""
+    allow_pickled: bool = False
+    """Whether adapter_model.bin is read where there is no safetensors file."""
+    max_adapter_bytes: int = 8 * GIB
+    """The most that the files of one adapter may take to download."""
+    timeout_seconds: float = 600.0
+    """The longest that a fetch may take, with all its attempts."""
+    stall_seconds: float = 10.0
+    """The longest wait for a connection or for its next bytes."""
+    max_attempts: int = 5
+    """How often a source that does not answer as it should is asked."""
+    backoff_seconds: float = 0.5
+    """The wait before the second attempt; each further one is twice as long."""
+    retry_seconds: float = 5.0
+    """How long a failure is reported without another attempt."""
+    num_threads: int = 64
+    """Fetches at a time, of each source."""
+
+    def __post_init__(self) -> None:
+        least = {"timeout_seconds": 0.001, "stall_seconds": 0.001, "cache_bytes": 0,
+                 "backoff_seconds": 0, "retry_seconds": 0, "max_adapter_bytes": 1,
+                 "max_attempts": 1, "num_threads": 1}  # fmt: skip
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value < minimum:
+                raise ValueError(f"{name}={value!r} is not allowed: it must be {minimum} or more")
+
+
+@dataclass(frozen=True)
+class FetchedAdapter:
+    """An adapter's files on this machine, which stay until this is closed (or collected)."""
+
+    reference: AdapterReference
+    directory: Path
+    identity: Identity = field(repr=False)
+    num_bytes: int
+    lease: Lease | None = field(repr=False)
+    """None: the files are where the user has them."""
+
+    @property
+    def version(self) -> str:
+        """The commit, the hash of the ETags, or the fingerprint of the files."""
+        return self.identity[-1]
+
+    @property
+    def key(self) -> bytes:
+        """Where the files come from and their version: the same key, the same weights."""
+        return blake2b("\0".join(self.identity).encode(), digest_size=16).digest()
+
+    def close(self) -> None:
+        if self.lease is not None:
+            self.lease.close()
+
+    def __enter__(self) -> FetchedAdapter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_Key = tuple[AdapterReference, str | None]
+
+
+@dataclass(eq=False)
+class _Fetch:
+    """One that is under way, and who waits for it."""
+
+    key: _Key
+    waiters: list[Future[FetchedAdapter]] = field(default_factory=list)
+
+
+class AdapterFetcher:
+    """Turns references into directories. Thread-safe.
+
+    A reference is fetched once however many ask with the same token; one whose files are there
+    already still asks its source for the version, and whether this token may read it.
+    """
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self._settings = settings
+        self._cache = DiskCache(settings.cache_directory, settings.cache_bytes)
+        self._sources: dict[SourceName, Source] = {
+            "hub": HubSource(settings.hub_endpoint, settings.hub_token, self._cache.recall),
+            "file": LocalSource(settings.roots),
+            "s3": S3Source(
+                settings.s3_endpoint_url,
+                settings.s3_roots,
+                settings.stall_seconds,
+                settings.num_threads,
+            ),
+        }
+        # Threads apart, so that a source that hangs does not use up those of the others.
+        self._threads = {
+            name: ThreadPoolExecutor(settings.num_threads, f"adapter-{name}")
+            for name in self._sources
+        }
+        self._lock = threading.Lock()
+        self._fetches: dict[_Key, _Fetch] = {}
+        self._failures: OrderedDict[_Key, tuple[float, AdapterError]] = OrderedDict()
+        self._counts: Counter[str] = Counter()
+        self._is_closing = threading.Event()
+
+    def fetch(
+        self, reference: AdapterReference, token: str | None = None, refresh: bool = False
+    ) -> Future[FetchedAdapter]:
+        """Begin to bring an adapter here; AdapterError, in the future, if that can't be.
+
+        Every call asks the source which version is current, except while such a question is under
+        way already, or has just failed; refresh asks even then. token: the request's own, for the
+        hub. Each result is to be closed when its files have been read.
+        """
+        future: Future[FetchedAdapter] = Future()
+        key = reference, token if reference.source == "hub" else None
+        with self._lock:
+            self._forget_old_failures()
+            error = self._failures.get(key, (0.0, None))[1]
+            if self._is_closing.is_set():
+                future.set_exception(AdapterError("the engine is shutting down", status=503))
+            elif error is not None and not refresh:
+                future.set_exception(AdapterError(str(error), error.status))
+            else:
+                fetch = self._fetches.get(key)
+                if fetch is None or refresh:
+                    fetch = self._fetches[key] = _Fetch(key)
+                    self._threads[reference.source].submit(self._run, fetch)
+                fetch.waiters.append(future)
+        return future
+
+    def stats(self) -> dict[str, int]:
+        """Counts so far, and the bytes on disk, for which it reads the cache's directory."""
+        names = ("fetches", "failures", "retries", "cache_hits", "downloads", "downloaded_bytes")
+        with self._lock:
+            counts = {name: self._counts[name] for name in names}
+            counts["fetching"] = len(self._fetches)
+        return counts | {"cache_bytes": self._cache.num_bytes()}
+
+    def close(self) -> None:
+        """End all fetches, those under way with an error, and wait for their threads."""
+        with self._lock:
+            self._is_closing.set()
+        for threads in self._threads.values():
+            threads.shutdown()
+
+    # -- in the threads --------------------------------------------------------------------
+
+    def _run(self, fetch: _Fetch) -> None:
+        outcome: FetchedAdapter | AdapterError
+        reference = fetch.key[0]
+        try:
+            outcome = self._fetch(*fetch.key)
+        except AdapterError as error:
+            outcome = AdapterError(f"adapter {str(reference)!r}: {error}", error.status)
+        except Exception as error:
+            logger.exception("fetching adapter %s failed", reference)
+            outcome = AdapterError(
+                f"adapter {str(reference)!r} could not be fetched: {type(error).__name__}", 500
+            )
+        self._end(fetch, outcome)
+        for future in fetch.waiters:
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(_share(outcome))
+            except AdapterError as error:
+                future.set_exception(error)
+        if isinstance(outcome, FetchedAdapter):
+            outcome.close()
+
+    def _end(self, fetch: _Fetch, outcome: FetchedAdapter | AdapterError) -> None:
+        """From here on the next one who asks begins anew, or is told of the failure."""
+        with self._lock:
+            self._counts["fetches"] += 1
+            self._counts["failures"] += isinstance(outcome, AdapterError)
+            if self._fetches.get(fetch.key) is not fetch:
+                return  # A refresh has overtaken it, and knows better.
+            del self._fetches[fetch.key]
+            self._failures.pop(fetch.key, None)
+            if isinstance(outcome, AdapterError):
+                retry_at = time.monotonic() + self._settings.retry_seconds
+                self._failures[fetch.key] = retry_at, outcome
+
+    def _fetch(self, reference: AdapterReference, token: str | None) -> FetchedAdapter:
+        """Attempt it until it is done, or hopeless."""
+        settings = self._settings
+        deadline = time.monotonic() + settings.timeout_seconds
+        patience = Patience(deadline, settings.stall_seconds, self._is_closing.is_set)
+        num_attempts, delay = 1, settings.backoff_seconds
+        while True:
+            try:
+                return self._attempt(reference, token, patience)
+            except SourceUnavailable as error:
+                patience.check_open()
+                is_last = num_attempts >= settings.max_attempts
+                wait = delay * random.uniform(0.5, 1.5)
+                if is_last or time.monotonic() + wait > deadline:
+                    raise AdapterError(f"{error} ({num_attempts} attempts)", error.status) from None
+                logger.info("adapter %s: %s; next attempt in %.1f s", reference, error, wait)
+            self._is_closing.wait(wait)
+            num_attempts, delay = num_attempts + 1, 2 * delay
+            self._count("retries", 1)
+
+    def _attempt(
+        self, reference: AdapterReference, token: str | None, patience: Patience
+    ) -> FetchedAdapter:
+        listing = self._sources[reference.source].find(reference, token, patience)
+        if listing.files is None:
+            lease = self._cache.lease(listing.identity)
+            if lease is None:
+                raise AdapterError("its cached copy has just been removed", status=404)
+        else:
+            files = choose_files(listing.files, self._settings.allow_pickled)
+            is_pickled = any(file.name == PICKLED_FILE for file in files)
+            if listing.directory is not None and not is_pickled:
+                num_bytes = sum(file.num_bytes for file in files)
+                return FetchedAdapter(
+                    reference, listing.directory, listing.identity, num_bytes, lease=None
+                )
+            lease = self._lease(listing, files, patience)
+            if listing.alias is not None:
+                self._cache.remember(listing.alias, listing.identity)
+        return FetchedAdapter(reference, lease.directory, listing.identity, lease.num_bytes, lease)
+
+    def _lease(self, listing: Listing, files: Sequence[SourceFile], patience: Patience) -> Lease:
+        """The files from the cache; first into it, if need be."""
+        num_bytes, limit = sum(file.num_bytes for file in files), self._settings.max_adapter_bytes
+        if num_bytes > limit:
+            raise AdapterError(
+                f"its files have {num_bytes} bytes, which is not allowed: this server downloads at "
+                f"most {limit} (max_adapter_bytes)"
+            )
+        lease = self._cache.lease(listing.identity)
+        if lease is not None:
+            self._count("cache_hits", 1)
+            return lease
+
+        def write(directory: Path) -> None:
+            on_bytes = partial(self._count, "downloaded_bytes")
+            download_files(listing, files, directory, patience, on_bytes)
+            self._count("downloads", 1)
+
+        return self._cache.fill(listing.identity, num_bytes, write, patience.next_timeout)
+
+    def _count(self, name: str, number: int) -> None:
+        with self._lock:
+            self._counts[name] += number
+
+    # -- with the lock held ----------------------------------------------------------------
+
+    def _forget_old_failures(self) -> None:
+        now = time.monotonic()
+        while self._failures:
+            key, (retry_at, _) = next(iter(self._failures.items()))
+            if retry_at > now:
+                return
+            del self._failures[key]
+
+
+def _share(outcome: FetchedAdapter | AdapterError) -> FetchedAdapter:
+    """The same adapter, to be closed on its own. Raises the same error, for one waiter alone."""
+    if isinstance(outcome, AdapterError):
+        raise AdapterError(str(outcome), outcome.status)
+    try:
+        return replace(outcome, lease=outcome.lease.share() if outcome.lease else None)
+    except OSError as error:  # A lease is an open file, of which a process has only so many.
+        raise AdapterError(
+            f"adapter {str(outcome.reference)!r} cannot be opened: {error.strerror}", 503
+        ) from None

@@ -1,0 +1,47 @@
+"""A hub in a thread, and fetchers that lose no time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub
+from faulty_server import FaultyServer
+
+from loraplex.lora.sources.fetcher import AdapterFetcher, SourceSettings
+
+
+@pytest.fixture
+def hub() -> FakeHub:
+    return FakeHub()
+
+
+@pytest.fixture
+def server(hub: FakeHub) -> Iterator[FaultyServer]:
+    """Serves `hub`."""
+    with FaultyServer(hub) as server:
+        yield server
+
+
+@pytest.fixture
+def make_fetcher(tmp_path: Path, server: FaultyServer) -> Iterator[Callable[..., AdapterFetcher]]:
+    """Makes fetchers that ask `server`, with a cache in the test's directory."""
+    with ExitStack() as stack:
+
+        def make(**options) -> AdapterFetcher:
+            settings = {
+                "cache_directory": tmp_path / "cache",
+                "hub_endpoint": server.url,
+                "backoff_seconds": 0.01,
+                "stall_seconds": 5.0,
+                "timeout_seconds": 20.0,
+            }
+            fetcher = AdapterFetcher(SourceSettings(**(settings | options)))
+            stack.callback(fetcher.close)
+            return fetcher
+
+        yield make
+        # Nobody waits for an answer that a test has held up.
+        server.clear_faults()
