@@ -167,6 +167,7 @@ class AttentionCase:
                 block_table=torch.randperm(self.num_pages).int().view(self.num_requests, -1),
                 slot_mapping=torch.zeros(q.shape[1], dtype=torch.int64, device=q.device),
                 max_query_len=self.num_queries,
+                graph_num_tokens=self.num_requests if self.num_queries == 1 else None,
             )
         )
         return [

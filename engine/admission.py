@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import time
 from collections.abc import Callable, Iterator
 
 from loraplex.engine.fair_queue import FairQueue
@@ -23,7 +24,7 @@ class Admission:
         queue: FairQueue,
         max_num_waiting: int | None,
         max_queue_seconds: float | None,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """max_queue_seconds: for requests that say nothing of their own. None: no bound."""
         self._queue = queue

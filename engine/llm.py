@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import signal
 import threading
@@ -46,6 +47,10 @@ class LLM:
         tokenizer = None
         if not config.skip_tokenizer_init:
             tokenizer = load_tokenizer(core.model_info.tokenizer_path)
+        # Or a garbage collection now and then goes through all modules, and a step takes 100 ms
+        # more.
+        gc.collect()
+        gc.freeze()
         self._attach(core, tokenizer, config.seed)
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from loraplex.engine.adapter_manager import Adapter, AdapterManager, Residency
 from loraplex.engine.admission import Admission
@@ -26,12 +26,7 @@ class Scheduler:
     """Owns all requests: waiting ones in a fair queue, running ones in order of admission."""
 
     def __init__(
-        self,
-        config: EngineConfig,
-        pool: PagePool,
-        kv: KVManager,
-        adapters: AdapterManager,
-        clock: Callable[[], float] = time.monotonic,
+        self, config: EngineConfig, pool: PagePool, kv: KVManager, adapters: AdapterManager
     ) -> None:
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
@@ -40,9 +35,7 @@ class Scheduler:
         self._kv = kv
         self._adapters = adapters
         self._waiting = FairQueue()
-        self._admission = Admission(
-            self._waiting, config.max_num_waiting, config.max_queue_seconds, clock
-        )
+        self._admission = Admission(self._waiting, config.max_num_waiting, config.max_queue_seconds)
         self._running: list[Request] = []
         self._stopped: list[Request] = []
         self._requests: dict[str, Request] = {}
