@@ -20,6 +20,7 @@ using tvm::ffi::TensorView;
 
 constexpr DLDataType kFloat32{kDLFloat, 32, 1};
 constexpr DLDataType kFloat16{kDLFloat, 16, 1};
+[[maybe_unused]] constexpr DLDataType kFloat64{kDLFloat, 64, 1};
 constexpr DLDataType kBFloat16{kDLBfloat, 16, 1};
 constexpr DLDataType kInt32{kDLInt, 32, 1};
 constexpr DLDataType kInt64{kDLInt, 64, 1};

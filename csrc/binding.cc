@@ -22,7 +22,8 @@ using tvm::ffi::Tensor;
 
 #define LORAPLEX_TABLE(isa)                                                \
   {#isa,           &isa::rms_norm,  &isa::rope,        &isa::silu_and_mul, \
-   &isa::write_kv, &isa::attention, &isa::lora_shrink, &isa::lora_expand}
+   &isa::write_kv, &isa::attention, &isa::lora_shrink, &isa::lora_expand,  \
+   &isa::sample}
 
 // From the plainest to the best.
 constexpr Kernels kAllKernels[] = {
@@ -466,6 +467,41 @@ int64_t pack_lora(TensorView pages, int64_t itemsize, Array<Tensor> matrices,
   return pack_matrices(image, sources);
 }
 
+// ---- sampling ----
+
+void sample(TensorView token_ids, TensorView logits, TensorView rows, TensorView temperature,
+            TensorView top_k, TensorView top_p, TensorView min_p, TensorView uniform) {
+  const char* function = "sample";
+  const Argument out{function, "token_ids", token_ids}, values{function, "logits", logits};
+  const DLDevice device = common_device({out, values});
+  SampleParams p{};
+  p.num_rows = out.has_type(kInt64).has_shape({kAny}).is_contiguous().tensor.size(0);
+  p.token_ids = static_cast<int64_t*>(token_ids.data_ptr());
+  p.dtype = values.has_shape({kAny, kAny}).has_dense_rows().float_type();
+  p.logits = logits.data_ptr();
+  p.logits_stride = logits.stride(0);
+  LORAPLEX_REQUIRE(logits.size(1) >= 1 && logits.size(1) <= kMaxVocabSize)
+      << function << ": logits must have 1 to " << kMaxVocabSize << " columns, got "
+      << logits.size(1);
+  p.vocab_size = static_cast<int32_t>(logits.size(1));
+  const auto find = [&]<class T>(const T*& data, const char* name, TensorView tensor,
+                                 DLDataType type) {
+    const Argument of_rows{function, name, tensor};
+    common_device({out, of_rows});
+    data = of_rows.has_type(type).has_shape({p.num_rows}).is_contiguous().data<T>();
+  };
+  find(p.rows, "rows", rows, kInt64);
+  find(p.temperature, "temperature", temperature, kFloat32);
+  find(p.top_k, "top_k", top_k, kInt32);
+  find(p.top_p, "top_p", top_p, kFloat64);
+  find(p.min_p, "min_p", min_p, kFloat64);
+  find(p.uniform, "uniform", uniform, kFloat64);
+  if (device.device_type == kDLCPU) {
+    check_range(function, "rows", p.rows, p.num_rows, logits.size(0));
+  }
+  run(function, device, active->sample, LORAPLEX_CUDA_KERNEL(sample), p);
+}
+
 }  // namespace
 }  // namespace loraplex
 
@@ -482,3 +518,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_attention, loraplex::paged_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(lora_shrink, loraplex::lora_shrink);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(lora_expand, loraplex::lora_expand);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_lora, loraplex::pack_lora);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, loraplex::sample);

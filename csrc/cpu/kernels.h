@@ -128,6 +128,24 @@ constexpr int kAttentionRows = 48;    // rows of an item, at most
 constexpr int kAttentionKeys = 64;    // keys worked on at a time
 constexpr int kAttentionSplit = 512;  // keys of an item, about, where one item's rows are all rows
 
+// A token for each of num_rows rows of logits; see csrc/sampling.h.
+struct SampleParams {
+  DType dtype;
+  int64_t* token_ids;
+  const void* logits;
+  int64_t logits_stride;  // of rows
+  int32_t vocab_size;
+  const int64_t* rows;  // the row of logits of each
+  int64_t num_rows;
+  const float* temperature;
+  const int32_t* top_k;
+  const double* top_p;
+  const double* min_p;
+  const double* uniform;
+};
+
+constexpr int kMaxVocabSize = (1 << 19) - 8;
+
 struct Kernels {
   const char* isa;
   void (*rms_norm)(const RmsNormParams&);
@@ -137,6 +155,7 @@ struct Kernels {
   void (*attention)(const AttentionParams&);
   void (*lora_shrink)(const LoraParams&);
   void (*lora_expand)(const LoraParams&);
+  void (*sample)(const SampleParams&);
 };
 
 #define LORAPLEX_DECLARE_KERNELS(isa)         \
@@ -148,6 +167,7 @@ struct Kernels {
   void attention(const AttentionParams&);     \
   void lora_shrink(const LoraParams&);        \
   void lora_expand(const LoraParams&);        \
+  void sample(const SampleParams&);           \
   }
 
 LORAPLEX_DECLARE_KERNELS(portable)

@@ -38,6 +38,7 @@ const char* rms_norm(const RmsNormParams&, void* stream);
 const char* rope(const RopeParams&, void* stream);
 const char* silu_and_mul(const SiluAndMulParams&, void* stream);
 const char* write_kv(const WriteKvParams&, void* stream);
+const char* sample(const SampleParams&, void* stream);
 const char* lora_shrink(const LoraParams&, void* stream);
 const char* lora_expand(const LoraParams&, void* stream);
 
