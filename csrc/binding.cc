@@ -469,15 +469,15 @@ int64_t pack_lora(TensorView pages, int64_t itemsize, Array<Tensor> matrices,
 
 // ---- sampling ----
 
-void sample(TensorView token_ids, TensorView logits, TensorView rows, TensorView temperature,
-            TensorView top_k, TensorView top_p, TensorView min_p, TensorView uniform) {
+void sample(TensorView token_ids, TensorView logits, TensorView temperature, TensorView top_k,
+            TensorView top_p, TensorView min_p, TensorView uniform) {
   const char* function = "sample";
   const Argument out{function, "token_ids", token_ids}, values{function, "logits", logits};
   const DLDevice device = common_device({out, values});
   SampleParams p{};
   p.num_rows = out.has_type(kInt64).has_shape({kAny}).is_contiguous().tensor.size(0);
   p.token_ids = static_cast<int64_t*>(token_ids.data_ptr());
-  p.dtype = values.has_shape({kAny, kAny}).has_dense_rows().float_type();
+  p.dtype = values.has_shape({p.num_rows, kAny}).has_dense_rows().float_type();
   p.logits = logits.data_ptr();
   p.logits_stride = logits.stride(0);
   LORAPLEX_REQUIRE(logits.size(1) >= 1 && logits.size(1) <= kMaxVocabSize)
@@ -490,15 +490,11 @@ void sample(TensorView token_ids, TensorView logits, TensorView rows, TensorView
     common_device({out, of_rows});
     data = of_rows.has_type(type).has_shape({p.num_rows}).is_contiguous().data<T>();
   };
-  find(p.rows, "rows", rows, kInt64);
   find(p.temperature, "temperature", temperature, kFloat32);
   find(p.top_k, "top_k", top_k, kInt32);
   find(p.top_p, "top_p", top_p, kFloat64);
   find(p.min_p, "min_p", min_p, kFloat64);
   find(p.uniform, "uniform", uniform, kFloat64);
-  if (device.device_type == kDLCPU) {
-    check_range(function, "rows", p.rows, p.num_rows, logits.size(0));
-  }
   run(function, device, active->sample, LORAPLEX_CUDA_KERNEL(sample), p);
 }
 

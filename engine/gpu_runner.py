@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from loraplex import native
 from loraplex.attention.backend import AttentionBackend
 from loraplex.attention.metadata import AttentionMetadata
 from loraplex.engine import sampler
@@ -34,6 +35,14 @@ MAX_GRAPH_TOKENS = 512
 # A graph's attention goes through a prompt a few query rows at a time, as it does through requests
 # that decode. What it may read of keys for that, in query rows times context.
 MAX_GRAPH_PREFILL = 1 << 17
+# Of SamplingBatch, in the order of native.sample's arguments.
+SAMPLING_FIELDS = {
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float64,
+    "min_p": np.float64,
+    "uniform": np.float64,
+}
 
 
 def graph_buckets(max_num_tokens: int) -> list[int]:
@@ -53,7 +62,7 @@ class CapturedForward:
 
 @dataclass(slots=True)
 class PendingGpuStep:
-    """A launched step; its greedy tokens are on their way to pinned memory."""
+    """A launched step; its tokens are on their way to pinned memory."""
 
     token_ids: Tensor  # int64 [L], pinned
     done: torch.cuda.Event
@@ -99,6 +108,7 @@ class GpuModelRunner:
                 "slot_mapping": (np.int64, max_num_batched_tokens),
                 "logits_rows": (np.int64, max_num_seqs),
                 "sampled_slots": (np.int64, max_num_seqs),
+                **{name: (dtype, max_num_seqs) for name, dtype in SAMPLING_FIELDS.items()},
                 "items": (np.int32, most_items * ITEM_FIELDS),
                 "num_items": (np.int32, 1),
                 "pages": (np.int32, max_pool_pages),
@@ -224,6 +234,8 @@ class GpuModelRunner:
             inputs.host[name][padding] = fill
         inputs.put("logits_rows", batch.logits_rows)
         inputs.put("sampled_slots", batch.sampled_slots)
+        for name in SAMPLING_FIELDS:
+            inputs.put(name, getattr(batch.sampling, name))
         num_items = 0
         if len(batch.page_tables):
             num_pages = (batch.page_tables != 0).sum(1)
@@ -273,13 +285,16 @@ class GpuModelRunner:
     ) -> PendingGpuStep:
         """Choose tokens, keep them for later steps, and send them to the host."""
         sampling, logprobs = batch.sampling, None
-        is_greedy = not sampling.temperature.any() and sampling.adjustments is None
-        if is_greedy and (sampling.num_logprobs < 0).all():
-            chosen = logits.argmax(-1)
-        else:
+        if sampling.adjustments is not None or (sampling.num_logprobs >= 0).any():
             sampled = sampler.sample(logits, sampling)
             chosen = torch.from_numpy(sampled.token_ids).to(self._device)
             logprobs = sampled.logprobs
+        elif sampling.temperature.any():
+            chosen = torch.empty(len(logits), dtype=torch.int64, device=self._device)
+            fields = [self._inputs.device[name][: len(logits)] for name in SAMPLING_FIELDS]
+            native.sample(chosen, logits, *fields)
+        else:
+            chosen = logits.argmax(-1)
         slots = self._inputs.device["sampled_slots"][: len(chosen)]
         self._last_token.index_copy_(0, slots, chosen.int())
         token_ids = torch.empty(len(chosen), dtype=torch.int64, pin_memory=True)

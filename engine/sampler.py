@@ -4,6 +4,9 @@ The order of things: log-probabilities are of the raw logits; then logit_bias, m
 penalties; then, for rows that are not greedy, temperature, min_p, top_k, top_p and the inverse of
 the cumulative distribution at the row's one uniform number. Where tokens are ranked, it is by logit
 and among equals by token id, so that ties depend neither on the device nor on the batch.
+
+Numbers come back to the host several times here, for which a GPU has to be waited for:
+`native.sample` chooses by the same definition without, where logits are taken as they are.
 """
 
 from __future__ import annotations

@@ -135,7 +135,6 @@ struct SampleParams {
   const void* logits;
   int64_t logits_stride;  // of rows
   int32_t vocab_size;
-  const int64_t* rows;  // the row of logits of each
   int64_t num_rows;
   const float* temperature;
   const int32_t* top_k;

@@ -68,8 +68,7 @@ void sample(const SampleParams& p) {
   dispatch(p.dtype, [&]<class T>(T*) {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < p.num_rows; ++i) {
-      OneThread<T> block(static_cast<const T*>(p.logits) + p.rows[i] * p.logits_stride,
-                         p.vocab_size);
+      OneThread<T> block(static_cast<const T*>(p.logits) + i * p.logits_stride, p.vocab_size);
       const SampleRow row{p.temperature[i], p.top_k[i], p.top_p[i], p.min_p[i], p.uniform[i]};
       p.token_ids[i] = choose(block, row);
     }

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
   __shared__ Shared shared;
   wait_for_previous_kernel();
   const int i = blockIdx.x;
-  const T* logits = static_cast<const T*>(p.logits) + p.rows[i] * p.logits_stride;
+  const T* logits = static_cast<const T*>(p.logits) + i * p.logits_stride;
   ThreadBlock<T> block(shared, logits, p.vocab_size);
   const SampleRow row{p.temperature[i], p.top_k[i], p.top_p[i], p.min_p[i], p.uniform[i]};
   const int32_t token_id = choose(block, row);

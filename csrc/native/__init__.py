@@ -88,10 +88,8 @@ transposed) times their scalings to pages, uint8 [num_pages, page_bytes], as flo
 itemsize, rounded once. They are in the order of their tiles; every other byte becomes 0. Returns
 the index of the first with a result that is not finite, which ends the packing, or -1.
 """
-sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = (
-    _library.sample
-)
-"""(token_ids, logits, rows, temperature, top_k, top_p, min_p, uniform)"""
+sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = _library.sample
+"""(token_ids, logits, temperature, top_k, top_p, min_p, uniform)"""
 
 if has_cuda():
     cuda_lora_shrink: Callable[

@@ -11,7 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.benchmarks.synthetic_adapters import write_adapter
+from loraplex.engine.gpu_runner import GpuModelRunner, PendingGpuStep
 from loraplex.engine.models.registry import lora_spec
+from loraplex.engine.step import StepBatch
 
 VOCAB_SIZE = 1000
 LENGTHS = [1, 2, 17, 64, 200, 333]
@@ -137,9 +139,14 @@ def test_a_mixed_batch_equals_each_alone(model_path, adapters, cases):
     assert alone == mixed[::5]
 
 
-def test_seeded_sampling_equals_the_cpu(model_path, adapters, cases):
-    params = SamplingParams(temperature=0.9, top_p=0.9, top_k=40, seed=7, max_tokens=16,
-                            ignore_eos=True, repetition_penalty=1.1)  # fmt: skip
+# The last one goes through the sampler, the others through the kernel.
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_p": 0.9, "top_k": 40}, {"min_p": 0.05}, {"top_p": 0.9, "repetition_penalty": 1.1}],
+    ids=str,
+)
+def test_seeded_sampling_equals_the_cpu(model_path, cases, options):
+    params = SamplingParams(temperature=0.9, seed=7, max_tokens=16, ignore_eos=True, **options)
     tokens = {}
     for device in ("cpu", "cuda"):
         with LLM(str(model_path), device=device, dtype="float32", skip_tokenizer_init=True,
@@ -147,3 +154,29 @@ def test_seeded_sampling_equals_the_cpu(model_path, adapters, cases):
             outputs = llm.generate([prompt for prompt, _ in cases[:14]], params, use_tqdm=False)
         tokens[device] = [output.outputs[0].token_ids for output in outputs]
     assert tokens["cuda"] == tokens["cpu"]
+
+
+def test_launching_a_step_that_samples_waits_for_nothing(model_path, cases, monkeypatch):
+    launch, num_launched = GpuModelRunner.launch, 0
+
+    def launch_without_waiting(runner: GpuModelRunner, batch: StepBatch) -> PendingGpuStep:
+        nonlocal num_launched
+        num_launched += 1
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(runner, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(GpuModelRunner, "launch", launch_without_waiting)
+    # Rows that are greedy, plain and bounded, in one batch.
+    params = [
+        SamplingParams(temperature=0.7 * (i % 3), top_p=1 - 0.1 * (i % 2), seed=i, max_tokens=8,
+                       ignore_eos=True)
+        for i in range(9)
+    ]  # fmt: skip
+    with LLM(str(model_path), device="cuda", dtype="bfloat16", skip_tokenizer_init=True,
+             pool_bytes=64 << 20) as llm:  # fmt: skip
+        outputs = llm.generate([prompt for prompt, _ in cases[::5]], params, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [8] * 9
+    assert num_launched >= 8

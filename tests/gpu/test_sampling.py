@@ -17,9 +17,8 @@ def test_all_limits_of_all_distributions(vocab_size: int, dtype: torch.dtype) ->
     on_gpu = logits.cuda()
     num_cases, num_others = len(batch.uniform), 0
     for row, values in enumerate(on_gpu):
-        rows = torch.full((num_cases,), row)
-        token_ids = sample(on_gpu, rows.cuda(), batch)
-        assert np.array_equal(token_ids, sample(logits, rows, batch)), row
+        token_ids = sample(values, batch)
+        assert np.array_equal(token_ids, sample(logits[row], batch)), row
         num_others += num_unlike_the_sampler(values, batch, token_ids)
     assert num_others <= 0.02 * num_cases * len(logits)
 
@@ -28,26 +27,26 @@ def test_all_limits_of_all_distributions(vocab_size: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("first", range(9))
 def test_rows_begin_anywhere(first: int, dtype: torch.dtype) -> None:
     logits, batch = make_rows(1021, dtype), make_batch(1021, 2)
-    rows = torch.randint(len(logits), (len(batch.uniform),))
+    logits = logits[torch.randint(len(logits), (len(batch.uniform),))]
     view = slice(first, 1021 - first // 2)
-    token_ids = sample(logits.cuda()[:, view], rows.cuda(), batch)
-    assert np.array_equal(token_ids, sample(logits[:, view], rows, batch))
+    token_ids = sample(logits.cuda()[:, view], batch)
+    assert np.array_equal(token_ids, sample(logits[:, view], batch))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_vocabulary_anywhere(dtype: torch.dtype) -> None:
     vocab_size = 2**19 - 8
     logits, batch = torch.randn(2, vocab_size + 7).to(dtype), make_batch(vocab_size, 1)
-    rows = torch.arange(len(batch.uniform)) % 2
-    token_ids = sample(logits.cuda()[:, 7:], rows.cuda(), batch)
-    assert np.array_equal(token_ids, sample(logits[:, 7:], rows, batch))
+    logits = logits[torch.arange(len(batch.uniform)) % 2]
+    token_ids = sample(logits.cuda()[:, 7:], batch)
+    assert np.array_equal(token_ids, sample(logits[:, 7:], batch))
 
 
 def test_runs_are_alike() -> None:
     logits, batch = make_rows(128256, torch.bfloat16).cuda(), make_batch(128256, 4)
-    rows = torch.arange(len(batch.uniform), device="cuda") % len(logits)
-    first = sample(logits, rows, batch)
-    assert all(np.array_equal(sample(logits, rows, batch), first) for _ in range(5))
+    logits = logits[torch.arange(len(batch.uniform)) % len(logits)]
+    first = sample(logits, batch)
+    assert all(np.array_equal(sample(logits, batch), first) for _ in range(5))
 
 
 def test_without_a_distribution_the_largest_is_chosen() -> None:
@@ -59,11 +58,9 @@ def test_without_a_distribution_the_largest_is_chosen() -> None:
     batch = make_batch(300, 1)
     batch = batch.select(np.flatnonzero((batch.temperature == 0) | (batch.top_k == 1)))
     for row, token_id in enumerate((40, 0, 0, 7)):
-        rows = torch.full((len(batch.uniform),), row, device="cuda")
-        assert set(sample(logits.cuda(), rows, batch).tolist()) == {token_id}
+        assert set(sample(logits[row].cuda(), batch).tolist()) == {token_id}
 
 
 def test_no_rows() -> None:
     batch = make_batch(8, 1).select(np.zeros(0, np.int64))
-    rows = torch.zeros(0, dtype=torch.int64, device="cuda")
-    assert len(sample(torch.zeros(1, 8, device="cuda"), rows, batch)) == 0
+    assert len(sample(torch.zeros(0, 8, device="cuda"), batch)) == 0

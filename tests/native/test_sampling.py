@@ -38,8 +38,8 @@ def test_all_limits_of_all_distributions(vocab_size: int, dtype: torch.dtype) ->
     batch = make_batch(vocab_size, num_random=1 if vocab_size > 10_000 else 4)
     logits = make_rows(vocab_size, dtype)
     num_cases, num_others = len(batch.uniform), 0
-    for row, values in enumerate(logits):
-        token_ids = sample(logits, torch.full((num_cases,), row), batch)
+    for values in logits:
+        token_ids = sample(values, batch)
         check_by_definition(values, batch, token_ids)
         num_others += num_unlike_the_sampler(values, batch, token_ids)
     assert num_others <= 0.02 * num_cases * len(logits)
@@ -68,7 +68,7 @@ def test_any_row(
         adjustments=None,
     )
     row = torch.tensor([logits])
-    check_by_definition(row[0], batch, sample(row, torch.zeros(1, dtype=torch.int64), batch))
+    check_by_definition(row[0], batch, sample(row, batch))
 
 
 def test_min_p_to_the_last_bit() -> None:
@@ -79,26 +79,24 @@ def test_min_p_to_the_last_bit() -> None:
     assert np.exp(np.float64(below)) < 0.5
     for logit, token_id in ((below, 0), (np.nextafter(below, np.float32(0)), 1)):
         logits = torch.tensor([[0.0, float(logit)]])
-        assert sample(logits, torch.zeros(1, dtype=torch.int64), batch)[0] == token_id
+        assert sample(logits, batch)[0] == token_id
 
 
 def test_instruction_sets_and_threads_choose_alike(isa: str) -> None:
     logits, batch = make_rows(1003, torch.bfloat16), make_batch(1003, 5)
-    rows = torch.arange(len(batch.uniform)) % len(logits)
-    token_ids = sample(logits, rows, batch)
+    logits = logits[torch.arange(len(batch.uniform)) % len(logits)]
+    token_ids = sample(logits, batch)
     native.set_cpu_isa("portable")
     torch.set_num_threads(3)
-    assert np.array_equal(sample(logits, rows, batch), token_ids)
+    assert np.array_equal(sample(logits, batch), token_ids)
 
 
-def test_a_row_is_where_rows_says_and_depends_on_no_other() -> None:
+def test_a_row_depends_on_no_other() -> None:
     logits, batch = make_rows(1009, torch.float32), make_batch(1009, 2)
-    view = logits[:, 3:-3]
-    rows = torch.randint(len(logits), (len(batch.uniform),))
-    together = sample(view, rows, batch)
-    for case in range(0, len(rows), 7):
-        own = view[rows[case]].clone()[None]
-        alone = sample(own, torch.zeros(1, dtype=torch.int64), batch.select(np.array([case])))
+    view = logits[torch.randint(len(logits), (len(batch.uniform),))][:, 3:-3]
+    together = sample(view, batch)
+    for case in range(0, len(view), 7):
+        alone = sample(view[case].clone(), batch.select(np.array([case])))
         assert alone[0] == together[case]
 
 
@@ -107,7 +105,7 @@ def test_the_largest_vocabulary() -> None:
     batch = make_batch(MAX_VOCAB_SIZE, 1)
     plain = (batch.temperature > 0) & (batch.top_p == 1) & (batch.min_p < 1)
     batch = batch.select(np.flatnonzero(plain & (batch.top_k > MAX_VOCAB_SIZE)))
-    token_ids = sample(logits, torch.zeros(len(batch.uniform), dtype=torch.int64), batch)
+    token_ids = sample(logits, batch)
     assert token_ids.tolist() == (batch.uniform * MAX_VOCAB_SIZE).astype(int).tolist()
 
 
@@ -128,26 +126,26 @@ def test_without_a_distribution_the_largest_is_chosen(
     if not np.isposinf(values).any() and np.isfinite(values).any():
         batch = batch.select(np.flatnonzero((batch.temperature == 0) | (batch.top_k == 1)))
     logits = torch.tensor([values]).to(dtype)
-    token_ids = sample(logits, torch.zeros(len(batch.uniform), dtype=torch.int64), batch)
+    token_ids = sample(logits, batch)
     assert set(token_ids.tolist()) == {token_id}
 
 
 def test_no_rows() -> None:
     batch = make_batch(8, 1).select(np.zeros(0, np.int64))
-    assert len(sample(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), batch)) == 0
+    assert len(sample(torch.zeros(0, 8), batch)) == 0
 
 
 def test_errors() -> None:
     batch = make_batch(8, 1)
-    rows = torch.zeros(len(batch.uniform), dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"sample: rows\[0\] is 2, allowed is 0 to 1"):
-        sample(torch.zeros(2, 8), rows + 2, batch)
     with pytest.raises(ValueError, match="logits must have 1 to 524280 columns, got 524281"):
-        sample(torch.zeros(1, MAX_VOCAB_SIZE + 1), rows, batch)
+        sample(torch.zeros(1, MAX_VOCAB_SIZE + 1), batch)
     with pytest.raises(ValueError, match="logits must be of type bfloat16 or float32, got float16"):
-        sample(torch.zeros(1, 8).half(), rows, batch)
-    with pytest.raises(ValueError, match=r"temperature must have shape \[1\], got"):
-        sample(torch.zeros(1, 8), rows[:1], batch)
+        sample(torch.zeros(1, 8).half(), batch)
+    fields = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.uniform)
+    with pytest.raises(ValueError, match=r"logits must have shape \[3, \*\], got"):
+        native.sample(
+            torch.zeros(3, dtype=torch.int64), torch.zeros(1, 8), *map(torch.from_numpy, fields)
+        )
     batch.top_p = batch.top_p.astype(np.float32)
     with pytest.raises(ValueError, match="top_p must be of type float64, got float32"):
-        sample(torch.zeros(1, 8), rows, batch)
+        sample(torch.zeros(1, 8), batch)

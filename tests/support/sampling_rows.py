@@ -82,12 +82,13 @@ def make_batch(vocab_size: int, num_random: int, seed: int = 0) -> SamplingBatch
     )
 
 
-def sample(logits: torch.Tensor, rows: torch.Tensor, batch: SamplingBatch) -> npt.NDArray[np.int64]:
-    """native.sample on the device of the logits."""
-    token_ids = torch.full_like(rows, -1)
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> npt.NDArray[np.int64]:
+    """native.sample on the device of the logits, of which one row may be for all."""
+    logits = logits.expand(len(batch.uniform), -1)
+    token_ids = torch.full((len(logits),), -1, dtype=torch.int64, device=logits.device)
     fields = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.uniform)
     native.sample(
-        token_ids, logits, rows, *(torch.from_numpy(field).to(logits.device) for field in fields)
+        token_ids, logits, *(torch.from_numpy(field).to(logits.device) for field in fields)
     )
     return token_ids.cpu().numpy()
 
