@@ -26,7 +26,6 @@ from loraplex.lora.spec import BaseModelSpec
 
 MAX_DEFAULT_POOL_BYTES = 4 * GIB
 DEFAULT_POOL_SHARE = 0.4
-MIN_LOADER_THREADS, MAX_LOADER_THREADS = 4, 8
 DEFAULT_GPU_SHARE = 0.9
 # Of the pool that activations are measured with: they only touch the scratch page.
 MEASURING_PAGES = 2
@@ -108,7 +107,6 @@ class TorchDevice:
             self.page_bytes,
             dtype,
             capacity_bytes=config.host_adapter_bytes,
-            num_threads=_num_loader_threads(),
             on_change=wake,
         )
         self.adapter_store = PooledAdapters(self._store, memory)
@@ -185,11 +183,6 @@ def _resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:
             f"the model was trained for {trained_len} positions"
         )
     return max_model_len
-
-
-def _num_loader_threads() -> int:
-    """They mostly wait for disks, but packing takes a core each."""
-    return min(max(MIN_LOADER_THREADS, (os.cpu_count() or 1) // 2), MAX_LOADER_THREADS)
 
 
 def _default_pool_bytes() -> int:

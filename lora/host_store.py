@@ -62,6 +62,8 @@ class HostAdapterStore:
     ) -> None:
         """capacity_bytes: memory for images. One that is larger is kept while it is needed.
 
+        num_threads: readers. More than a few read less: they wait for the process's page tables.
+
         on_change is called, by a thread of the store, when a read or a copy has ended.
         retry_seconds: how long a failure is reported, before the next `get` reads again; and how
         long an image that nobody copies is kept for those who asked for it.
