@@ -128,7 +128,7 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
     """
     ranks, dtype = weights.ranks, weights.dtype
     layout = layout_image(ranks, spec, page_bytes, dtype.itemsize)
-    buffer = _allocate(layout.num_pages * page_bytes)
+    buffer = allocate_pages(layout.num_pages * page_bytes)
     matrices, first_tiles, sides, scalings = [], [], [], []
     places = sorted(ranks)
     for place in places:
@@ -151,7 +151,7 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
     return AdapterImage(buffer, layout.num_pages, max(ranks.values()), module_mask, dtype)
 
 
-def _allocate(num_bytes: int) -> torch.Tensor:
+def allocate_pages(num_bytes: int) -> torch.Tensor:
     """Pages of memory that nothing else is in, as pinning asks; large ones, which are quicker to
     come by, where the system has them."""
     memory = mmap.mmap(-1, num_bytes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loraplex.lora.image import AdapterImage, AdapterWeights, Place, pack_image
+from loraplex.lora.image import AdapterImage, AdapterWeights, Place, allocate_pages, pack_image
 from loraplex.lora.peft_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -23,7 +24,7 @@ from loraplex.lora.peft_config import (
 from loraplex.lora.spec import AdapterError, BaseModelSpec
 
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-SERVED_DTYPES = ("F32", "F16", "BF16")
+SERVED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,40 @@ def load_adapter(
     with open_weights(directory) as file:
         modules = read_targeted_modules(file, config)
         places = [locate(module, spec) for module in modules]
+        tensors = _read_tensors(directory / WEIGHTS_FILE)
         for place, module in zip(places, modules, strict=True):
-            # The file itself, mapped into memory: packing reads it.
-            weights.a[place] = file.get_tensor(module.tensor_a)
-            weights.b[place] = file.get_tensor(module.tensor_b)
+            weights.a[place] = tensors(module.tensor_a)
+            weights.b[place] = tensors(module.tensor_b)
             weights.scalings[place] = module.scaling
-        image = pack_image(weights, spec, page_bytes)
+    image = pack_image(weights, spec, page_bytes)
     if adapter_fingerprint(str(path)) != fingerprint:
         raise AdapterError(f"the files in {str(directory)!r} changed while they were being read")
     return image
+
+
+def _read_tensors(path: Path) -> Callable[[str], torch.Tensor]:
+    """The tensors, by name, of a file that safetensors has found valid (its format: a header's size
+    in 8 bytes, the header in JSON, the data).
+
+    In one go: of a mapped file every page would be mapped, and threads wait for each other to.
+    """
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+        num_bytes = max(entry["data_offsets"][1] for entry in header.values() if "shape" in entry)
+        data = allocate_pages(num_bytes)
+        if file.readinto(data.numpy().data) != num_bytes:
+            raise OSError("it ends before its tensors do")
+
+    def tensor(name: str) -> torch.Tensor:
+        entry = header[name]
+        begin, end = entry["data_offsets"]
+        dtype = SERVED_DTYPES[entry["dtype"]]
+        count = (end - begin) // dtype.itemsize
+        flat = torch.frombuffer(data.numpy(), dtype=dtype, count=count, offset=begin)
+        return flat.view(entry["shape"])
+
+    return tensor
 
 
 @contextmanager

@@ -120,7 +120,8 @@ def test_service_goes_by_weight():
 @settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_no_key_gets_ahead_of_one_that_waits_by_more_than_the_bound(data):
-    """The bound of fair_queue's docstring, while both wait all the time."""
+    """The bound of fair_queue's docstring, while both wait all the time, and once more what can run
+    at a time: what is admitted in the step that a key's turn waits for its adapter to be copied."""
     max_num_seqs, affinity = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([0, 30]))
     max_tokens, max_prompt = 6, 8
     core = fake_core(
@@ -144,7 +145,7 @@ def test_no_key_gets_ahead_of_one_that_waits_by_more_than_the_bound(data):
             )
         )  # fmt: skip
     most = PROMPT_TOKEN_COST * max_prompt + OUTPUT_TOKEN_COST * max_tokens
-    bound = affinity + max_num_seqs * most
+    bound = affinity + 2 * max_num_seqs * most
     service: defaultdict[tuple, int] = defaultdict(int)
     started = set()
     while core.has_unfinished_requests():
