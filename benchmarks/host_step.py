@@ -39,7 +39,7 @@ class NullStore:
     def fingerprint(self, path):
         return path
 
-    def copy_to_pages(self, version, pages):
+    def copy_to_pages(self, version, pages, after_steps, before_steps):
         from concurrent.futures import Future
 
         future: Future[None] = Future()
@@ -57,6 +57,7 @@ class NullDevice:
     page_bytes = 1
     num_pages = 100_000
     steps_ahead = 0
+    num_awaited_pages = 0
 
     def __init__(self) -> None:
         self.runner = NullRunner()

@@ -5,7 +5,9 @@ An adapter's life in the pool:
     ABSENT --start--> COPYING --done--> RESIDENT --reclaimed--> ABSENT
 
 Before a copy can start, its image must be in host memory; the store reads it from disk in threads
-of its own. Nothing here waits: `poll` says how far an adapter is, and is called again next step.
+of its own. Nothing here waits: `num_pages` says whether it is, and is called again next step. An
+adapter is RESIDENT at once where the device has the next step wait for the copy, which is done
+before that step begins, as a rule: so many pages a step.
 """
 
 from __future__ import annotations
@@ -38,8 +40,14 @@ class AdapterStore(Protocol):
     def module_mask(self, version: bytes) -> int:
         """Bit m is set if an adapter that is in host memory targets module m in any layer."""
 
-    def copy_to_pages(self, version: bytes, pages: list[int]) -> Future[None]:
-        """Start copying the image into these pages of the pool."""
+    def copy_to_pages(
+        self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool
+    ) -> Future[None]:
+        """Start copying the image into these pages of the pool.
+
+        after_steps: not before the steps launched so far are done, which may use these pages.
+        before_steps: steps launched from now on wait for it, on the device.
+        """
 
     def fingerprint(self, path: str) -> str:
         """Changes when the adapter's files change."""
@@ -85,11 +93,19 @@ class Adapter:
 class AdapterManager:
     """Brings adapters into the pool, counts their users, and gives idle ones back."""
 
-    def __init__(self, pool: PagePool, store: AdapterStore, restore_cost: float) -> None:
-        """restore_cost: cost of copying one page in from the host (see Candidate)."""
+    def __init__(
+        self, pool: PagePool, store: AdapterStore, restore_cost: float, num_awaited_pages: int
+    ) -> None:
+        """restore_cost: cost of copying one page in from the host (see Candidate).
+
+        num_awaited_pages: pages that a step may wait for to be copied.
+        """
         self._pool = pool
         self._store = store
         self._restore_cost = restore_cost
+        self._num_awaited_pages = num_awaited_pages
+        # What is left of those for the next step.
+        self._num_awaitable = num_awaited_pages
         self._adapters: dict[tuple[str, str], Adapter] = {}
         self._num_created = 0
         # Resident adapters without a user, least recently used first: -> clock of last use.
@@ -126,8 +142,11 @@ class AdapterManager:
             return len(adapter.pages)
         return self._store.num_pages(adapter.version, adapter.lora_request.lora_path)
 
-    def start_copy(self, adapter: Adapter, num_pages: int) -> bool:
-        """Take pages for an adapter in host memory and begin to fill them; False if none left."""
+    def start_copy(self, adapter: Adapter, num_pages: int) -> bool | None:
+        """Take pages for an adapter in host memory and begin to fill them; False if none left.
+
+        True: the next step waits for the copy, so that the adapter is there. None: it does not.
+        """
         assert adapter.residency is Residency.ABSENT
         pages = self._pool.allocate(num_pages, PageState.ADAPTER)
         if pages is None:
@@ -136,14 +155,23 @@ class AdapterManager:
         adapter.page_table = np.array(adapter.pages, np.int32)
         adapter.max_rank = self._store.max_rank(adapter.version)
         adapter.module_mask = self._store.module_mask(adapter.version)
-        adapter.residency = Residency.COPYING
-        adapter.copy = self._store.copy_to_pages(adapter.version, adapter.pages)
-        self._copying.append(adapter)
+        # The step before this one may be in flight, not one before that.
+        after_steps = self._pool.last_used(pages) >= self._pool.clock - 1
+        is_awaited = num_pages <= self._num_awaitable
+        copy = self._store.copy_to_pages(adapter.version, adapter.pages, after_steps, is_awaited)
         self.num_loads += 1
-        return True
+        if is_awaited:
+            self._num_awaitable -= num_pages
+            self._make_resident(adapter)
+            return True
+        adapter.residency = Residency.COPYING
+        adapter.copy = copy
+        self._copying.append(adapter)
+        return None
 
     def finish_copies(self) -> None:
-        """Make adapters whose copy is done resident; called once a step."""
+        """Make adapters whose copy is done resident; called once a step, at its beginning."""
+        self._num_awaitable = self._num_awaited_pages
         still_copying = []
         for adapter in self._copying:
             assert adapter.copy is not None
@@ -152,14 +180,12 @@ class AdapterManager:
                 continue
             adapter.copy.result()
             adapter.copy = None
-            adapter.residency = Residency.RESIDENT
-            if adapter.num_users == 0:
-                self._lend(adapter)
+            self._make_resident(adapter)
         self._copying = still_copying
 
-    @property
-    def is_copying(self) -> bool:
-        return bool(self._copying)
+    def _make_resident(self, adapter: Adapter) -> None:
+        adapter.residency = Residency.RESIDENT
+        self._lend(adapter)
 
     def acquire(self, adapter: Adapter) -> None:
         """Count one more running request that uses a resident adapter."""

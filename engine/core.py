@@ -46,7 +46,9 @@ class Device(Protocol):
     num_pages: int
     page_bytes: int
     steps_ahead: int
-    """Steps that may be launched before the tokens of an earlier one are known."""
+    """Steps that may be launched before the tokens of an earlier one are known: 0 or 1."""
+    num_awaited_pages: int
+    """Pages of adapters whose copies a step may wait for; none if it would be the host's wait."""
 
     @property
     def runner(self) -> Runner: ...
@@ -87,7 +89,10 @@ class EngineCore:
             self._pool, config.block_size, config.enable_prefix_caching, KV_RESTORE_COST
         )
         self._adapters = AdapterManager(
-            self._pool, self._device.adapter_store, ADAPTER_RESTORE_COST
+            self._pool,
+            self._device.adapter_store,
+            ADAPTER_RESTORE_COST,
+            self._device.num_awaited_pages,
         )
         self._scheduler = Scheduler(config, self._pool, self._kv, self._adapters)
         self._input_batch = InputBatch(

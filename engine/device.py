@@ -29,6 +29,9 @@ DEFAULT_POOL_SHARE = 0.4
 DEFAULT_GPU_SHARE = 0.9
 # Of the pool that activations are measured with: they only touch the scratch page.
 MEASURING_PAGES = 2
+# Of adapters, that a step waits for to be copied to a GPU, if the step before does not hide it:
+# some 2 ms. What is more goes on beside the steps.
+AWAITED_COPY_BYTES = 128 << 20
 
 
 class PooledAdapters:
@@ -48,8 +51,10 @@ class PooledAdapters:
     def module_mask(self, version: bytes) -> int:
         return self._store.image(version).module_mask
 
-    def copy_to_pages(self, version: bytes, pages: list[int]) -> Future[None]:
-        return self._store.copy_to_pages(version, self._memory, pages)
+    def copy_to_pages(
+        self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool
+    ) -> Future[None]:
+        return self._store.copy_to_pages(version, self._memory, pages, after_steps, before_steps)
 
     def fingerprint(self, path: str) -> str:
         return adapter_fingerprint(path)
@@ -94,8 +99,10 @@ class TorchDevice:
             ),
         )
         model = build_model(config, path, hf_config, dtype, max_model_len, device)
+        self.num_awaited_pages = 0
         if device.type == "cuda":
             self.steps_ahead = 1
+            self.num_awaited_pages = AWAITED_COPY_BYTES // self.page_bytes
             memory, self.runner = self._build_gpu_runner(config, model, hf_config, spec, backend)
         else:
             self.steps_ahead = 0

@@ -26,6 +26,9 @@ class PageState(enum.IntEnum):
     ADAPTER_IDLE = 4
 
 
+IN_USE = PageState.KV, PageState.ADAPTER
+
+
 class Candidate(NamedTuple):
     """The pages a lender would give back next, as the policy sees them."""
 
@@ -69,6 +72,7 @@ class PagePool:
         self._policy = policy or CostAwareLRU()
         self._free = list(range(num_pages - 1, 0, -1))
         self._states = bytearray(num_pages)
+        self._last_used = [-1] * num_pages  # The clock when a page that was in use was given up.
         self._counts = [0] * len(PageState)
         self._counts[PageState.FREE] = num_pages - 1
         self._lenders: list[Lender] = []
@@ -109,13 +113,20 @@ class PagePool:
 
     def set_state(self, pages: Sequence[int], state: PageState) -> None:
         states, counts = self._states, self._counts
+        is_given_up = state not in IN_USE
         for page in pages:
+            if is_given_up and states[page] in IN_USE:
+                self._last_used[page] = self.clock
             counts[states[page]] -= 1
             states[page] = state
         counts[state] += len(pages)
 
     def state(self, page: int) -> PageState:
         return PageState(self._states[page])
+
+    def last_used(self, pages: Sequence[int]) -> int:
+        """The clock when the last of these was given up by who used it; -1 if all are new."""
+        return max(self._last_used[page] for page in pages)
 
     def _reclaim_cheapest(self) -> None:
         offers = [(c, lender) for lender in self._lenders if (c := lender.peek_reclaimable())]

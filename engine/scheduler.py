@@ -170,7 +170,7 @@ class Scheduler:
         if num_pages is None:
             return None
         self._check_fits(request, num_pages)
-        return None if self._adapters.start_copy(adapter, num_pages) else False
+        return self._adapters.start_copy(adapter, num_pages)
 
     def _admit(self, request: Request, budget: int) -> int:
         """Start or resume a request; returns its tokens for this step, 0 if memory lacks."""

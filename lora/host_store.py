@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from threading import Lock
 
@@ -117,23 +118,45 @@ class HostAdapterStore:
             return self._held[key].image
 
     def copy_to_pages(
-        self, key: Hashable, memory: torch.Tensor, pages: Sequence[int]
+        self,
+        key: Hashable,
+        memory: torch.Tensor,
+        pages: Sequence[int],
+        after_stream: bool = True,
+        before_stream: bool = True,
     ) -> Future[None]:
         """Begin to copy an image that is in host memory: its page i goes to memory[pages[i]].
 
         memory: uint8 [num_pages, page_bytes], on any device. The future ends with the copy. On a
-        CUDA device it is ordered behind what the current stream has been given so far, which may
-        still read what was in these pages before.
+        CUDA device it begins behind what the current stream has been given so far, if after_stream,
+        and the stream goes on with what it is given later behind the copy, if before_stream.
         """
-        freed = None
-        if memory.is_cuda:
-            freed = torch.cuda.Event()
-            freed.record()
         with self._lock:
             held = self._held[key]
             assert len(pages) == held.image.num_pages
             held.num_copies += 1
-            return self._copiers.submit(self._copy, held, memory, list(pages), freed)
+        if memory.is_cuda:
+            copied = self._enqueue_copy(held, memory, list(pages), after_stream)
+            if before_stream:
+                copied.wait()
+            copy = copied.synchronize
+        else:
+            copy = partial(_copy_pages, held.image.pages, memory, list(pages))
+        return self._copiers.submit(self._copy, held, copy)
+
+    def _enqueue_copy(
+        self, held: _Held, memory: torch.Tensor, pages: list[int], after_stream: bool
+    ) -> torch.cuda.Event:
+        """The event of its end."""
+        if self._copy_stream is None:
+            self._copy_stream = torch.cuda.Stream(memory.device)
+        if after_stream:
+            self._copy_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copy_stream):
+            _copy_pages(held.image.pages, memory, pages)
+            copied = torch.cuda.Event()
+            copied.record()
+        return copied
 
     def stats(self) -> dict[str, float]:
         """Images, reads and their times so far, in bytes and seconds."""
@@ -241,23 +264,10 @@ class HostAdapterStore:
             self._start_reads()
         self._on_change()
 
-    def _copy(
-        self,
-        held: _Held,
-        memory: torch.Tensor,
-        pages: list[int],
-        freed: torch.cuda.Event | None,
-    ) -> None:
+    def _copy(self, held: _Held, copy: Callable[[], None]) -> None:
+        """Copy, or wait for the device to."""
         try:
-            if freed is None:
-                _copy_pages(held.image.pages, memory, pages)
-            else:
-                if self._copy_stream is None:
-                    self._copy_stream = torch.cuda.Stream(memory.device)
-                with torch.cuda.stream(self._copy_stream):
-                    self._copy_stream.wait_event(freed)
-                    _copy_pages(held.image.pages, memory, pages)
-                    self._copy_stream.synchronize()
+            copy()
         finally:
             with self._lock:
                 held.num_copies -= 1

@@ -173,6 +173,7 @@ def test_any_workload_ends_with_the_right_tokens(data, steps_ahead: int):
         max_model_len=max_model_len,
         block_size=block_size,
         steps_ahead=steps_ahead,
+        num_awaited_pages=data.draw(st.sampled_from([0, 3, 100]), "num_awaited_pages"),
         max_num_seqs=data.draw(st.integers(1, 6), "max_num_seqs"),
         max_num_batched_tokens=data.draw(st.integers(6, 20), "max_num_batched_tokens"),
         enable_prefix_caching=data.draw(st.booleans(), "enable_prefix_caching"),

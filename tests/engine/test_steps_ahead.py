@@ -257,3 +257,49 @@ def test_a_step_with_penalties_is_waited_for():
     assert num_in_flight == [1, *[0] * 4, *[1] * 6, 0]
     assert tokens_of(outputs["plain"]) == expected_tokens(plain)
     assert tokens_of(outputs["careful"]) == expected_tokens(careful)
+
+
+def step_of_first_token(core: EngineCore, adapter: str) -> int:
+    """Steps until a request to the adapter, whose image is in host memory, has a token."""
+    core.add_request(make_request(adapter, [1, 2, 3], 2, adapter=adapter))
+    for num_steps in range(1, 20):
+        outputs = core.step()
+        core.check_integrity()
+        core._device.adapter_store.finish_copies()
+        if any(output.new_token_ids for output in outputs if output.request_id == adapter):
+            run_to_end(core)
+            return num_steps
+    raise AssertionError("no token")
+
+
+@pytest.mark.parametrize(("num_awaited_pages", "num_more_steps"), [(0, 1), (1, 1), (2, 0)])
+def test_a_step_waits_for_copies_of_few_pages(num_awaited_pages, num_more_steps):
+    core = ahead_core(num_awaited_pages=num_awaited_pages)
+    core._device.adapter_store.num_polls = 0
+    cold, warm = (step_of_first_token(core, "a") for _ in range(2))
+    assert cold - warm == num_more_steps
+
+
+def test_a_copy_waits_for_the_step_in_flight_only_if_that_may_use_its_pages():
+    # Room for a request and one adapter.
+    core = ahead_core(num_pages=9, num_awaited_pages=2, max_model_len=24)
+    store = core._device.adapter_store
+    store.num_polls, waits = 0, []
+    copy_to_pages = store.copy_to_pages
+
+    def spy(version, pages, after_steps, before_steps):
+        waits.append(after_steps)
+        return copy_to_pages(version, pages, after_steps, before_steps)
+
+    store.copy_to_pages = spy
+    for i in range(4):
+        # The first token ends it: its pages are free while a step with it is in flight.
+        core.add_request(
+            make_request(f"r{i}", [1] * 20, 2, adapter=f"a{i}", eos_token_ids=range(64))
+        )
+        core.add_request(
+            make_request(f"s{i}", [1] * 20, 2, adapter=f"b{i}", eos_token_ids=range(64))
+        )
+        run_to_end(core)
+    assert waits[0] is False, "nobody has used these pages"
+    assert set(waits) == {True, False}

@@ -64,15 +64,16 @@ def expected_tokens(request: EngineRequest) -> list[int]:
 
 
 class FakeStore:
-    """An adapter of path "pages=N" has N pages; "fail" fails. Loads take `num_polls` polls, and
-    copies wait until `finish_copies`, and for the steps launched before them."""
+    """An adapter of path "pages=N" has N pages; "fail" fails. Loads take `num_polls` polls.
+    Copies that steps wait for are made at once, others in `finish_copies`; those that wait for
+    steps, after them."""
 
     def __init__(self, num_polls: int = 2) -> None:
         self.finish_steps: Callable[[], None] = lambda: None
         self.page_contents: dict[int, tuple[str, int]] = {}
         self.paths: dict[bytes, str] = {}
         self.polls: dict[bytes, int] = {}
-        self.copies: list[tuple[Future[None], list[tuple[int, tuple[str, int]]]]] = []
+        self.copies: list[tuple[Future[None], Callable[[], None]]] = []
         self.num_polls = num_polls
 
     def num_pages(self, version: bytes, path: str) -> int | None:
@@ -90,20 +91,28 @@ class FakeStore:
     def max_rank(self, version: bytes) -> int:
         return 8
 
-    def copy_to_pages(self, version: bytes, pages: list[int]) -> Future[None]:
+    def copy_to_pages(
+        self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool
+    ) -> Future[None]:
         future: Future[None] = Future()
         name = self.paths[version].split(":")[0]
-        self.copies.append((future, [(page, (name, i)) for i, page in enumerate(pages)]))
+
+        def copy() -> None:
+            if after_steps:
+                self.finish_steps()
+            self.page_contents.update((page, (name, i)) for i, page in enumerate(pages))
+
+        if before_steps:
+            copy()
+        self.copies.append((future, (lambda: None) if before_steps else copy))
         return future
 
     def fingerprint(self, path: str) -> str:
         return path
 
     def finish_copies(self) -> None:
-        if self.copies:
-            self.finish_steps()
-        for future, contents in self.copies:
-            self.page_contents.update(contents)
+        for future, copy in self.copies:
+            copy()
             future.set_result(None)
         self.copies.clear()
 
@@ -215,10 +224,16 @@ class FakeDevice:
     page_bytes = 1024
 
     def __init__(
-        self, num_pages: int, max_model_len: int, block_size: int, steps_ahead: int
+        self,
+        num_pages: int,
+        max_model_len: int,
+        block_size: int,
+        steps_ahead: int,
+        num_awaited_pages: int,
     ) -> None:
         self.num_pages = num_pages
         self.steps_ahead = steps_ahead
+        self.num_awaited_pages = num_awaited_pages
         self.adapter_store = FakeStore()
         self.runner = FakeRunner(self.adapter_store, block_size, steps_ahead)
         self.model_info = ModelInfo(
@@ -238,6 +253,7 @@ def fake_core(
     max_model_len: int = 64,
     block_size: int = 4,
     steps_ahead: int = 0,
+    num_awaited_pages: int = 0,
     **options: object,
 ) -> EngineCore:
     """An EngineCore on a FakeDevice, which is its `_device`."""
@@ -247,7 +263,9 @@ def fake_core(
     )
 
     def build(config: EngineConfig, wake: Callable[[], None]) -> FakeDevice:
-        return FakeDevice(num_pages, max_model_len, config.block_size, steps_ahead)
+        return FakeDevice(
+            num_pages, max_model_len, config.block_size, steps_ahead, num_awaited_pages
+        )
 
     return EngineCore(config, build)
 
