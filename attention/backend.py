@@ -23,11 +23,14 @@ class PlannedAttention(Protocol):
     """Attention over one step's batch; serves all layers.
 
     A cache is one layer's view of the pool, [num_pages, block_size, num_kv_heads, head_dim], of any
-    strides but 1 in the last dimension, and of the dtype of q, k and v.
+    strides but 1 in the last dimension, and of the shape's kv_dtype; q, k and v are of its dtype.
     """
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Writes rows of k and v, [num_tokens, num_kv_heads, head_dim], to the batch's slots."""
+        """Writes rows of k and v, [num_tokens, num_kv_heads, head_dim], to the batch's slots.
+
+        They are rounded to the caches' dtype; what is beyond its greatest number becomes that.
+        """
         ...
 
     def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None = None) -> Tensor:

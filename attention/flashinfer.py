@@ -4,7 +4,8 @@ Everything goes to FlashInfer's prefill kernel, which takes requests that decode
 row. Steps for a graph have wrappers of their own, one for each number of rows, whose plans lie at
 fixed addresses. A plan is in its wrapper's own memory; the workspace that all share holds nothing
 but the partial sums of a run. The caches are strided views of the pool (FlashInfer's persistent
-BatchAttention must not be used: its 32-bit page offsets wrap in a pool of more than 8 GiB).
+BatchAttention must not be used: its 32-bit page offsets wrap in a pool of more than 8 GiB), of
+bfloat16 or float8: the kernel makes bfloat16 of what it loads, on any GPU.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class _WindowPlanner:
             pages.qo_indptr[0], pages.kv_indptr[0], pages.kv_indices[: pages.num_indices],
             pages.last_page_len[0], shape.num_heads, shape.num_kv_heads, shape.head_dim,
             shape.block_size, causal=True, sm_scale=shape.scale, q_data_type=shape.dtype,
-            kv_data_type=shape.dtype, logits_soft_cap=shape.logits_soft_cap,
+            kv_data_type=shape.kv_dtype, logits_soft_cap=shape.logits_soft_cap,
             window_left=self._window_left, max_token_per_sequence=0, seq_lens=pages.seq_lens,
         )  # fmt: skip
 

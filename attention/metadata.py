@@ -20,6 +20,9 @@ class AttentionShape:
     block_size: int
     """Tokens in a page."""
     dtype: torch.dtype
+    """Of queries, new keys and values, and results."""
+    kv_dtype: torch.dtype
+    """Of the caches: dtype, or float8_e4m3fn."""
     device: torch.device
     max_num_requests: int
     """Most requests of a step, and most rows of a CUDA graph."""

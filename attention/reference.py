@@ -18,9 +18,13 @@ class PlannedReferenceAttention:
     shape: AttentionShape
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Semantics: k_cache[slot // block_size, slot % block_size] = k[token], v likewise."""
-        slots = self.metadata.slot_mapping
+        """Semantics: k_cache[slot // block_size, slot % block_size] = k[token], v likewise, to the
+        nearest number of the caches' dtype, or the even one of two; NaN stays NaN."""
+        slots, kv_dtype = self.metadata.slot_mapping, self.shape.kv_dtype
         index = (slots // self.shape.block_size, slots % self.shape.block_size)
+        if kv_dtype != self.shape.dtype:
+            greatest = torch.finfo(kv_dtype).max
+            k, v = (x.clamp(-greatest, greatest).to(kv_dtype) for x in (k, v))
         k_cache.index_put_(index, k)
         v_cache.index_put_(index, v)
 

@@ -80,7 +80,8 @@ class PlannedSdpaAttention:
         num_kv_heads = k_cache.shape[2]
         for group in self.groups[window]:
             k, v = (
-                cache[group.pages, group.offsets].transpose(1, 2) for cache in (k_cache, v_cache)
+                cache[group.pages, group.offsets].to(q.dtype).transpose(1, 2)
+                for cache in (k_cache, v_cache)
             )
             # Heads that share keys are rows of one product: [pieces, KV heads, rows, head_dim].
             queries = q[group.rows].unflatten(2, (num_kv_heads, -1)).transpose(1, 2)

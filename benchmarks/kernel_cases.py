@@ -120,7 +120,7 @@ def attention_shape(
 ) -> AttentionShape:  # fmt: skip
     return AttentionShape(
         shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.head_dim**-0.5, BLOCK_SIZE,
-        dtype, device, max_num_requests, max_num_pages,
+        dtype, dtype, device, max_num_requests, max_num_pages,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ constexpr DLDataType kFloat32{kDLFloat, 32, 1};
 constexpr DLDataType kFloat16{kDLFloat, 16, 1};
 [[maybe_unused]] constexpr DLDataType kFloat64{kDLFloat, 64, 1};
 constexpr DLDataType kBFloat16{kDLBfloat, 16, 1};
+constexpr DLDataType kFloat8{kDLFloat8_e4m3fn, 8, 1};
 constexpr DLDataType kInt32{kDLInt, 32, 1};
 constexpr DLDataType kInt64{kDLInt, 64, 1};
 constexpr DLDataType kUint8{kDLUInt, 8, 1};

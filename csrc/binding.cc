@@ -223,6 +223,16 @@ void silu_and_mul(TensorView out, TensorView gate_up) {
 
 // ---- attention ----
 
+// Whether caches are of float8 e4m3fn; else they must be of the type of the rows, k or q.
+bool has_float8_caches(const Argument& k_cache, const Argument& rows) {
+  const DLDataType type = k_cache.tensor.dtype(), plain = rows.tensor.dtype();
+  LORAPLEX_REQUIRE(same(type, plain) || same(type, kFloat8))
+      << k_cache.function << ": " << k_cache.name << " must be of type "
+      << tvm::ffi::DLDataTypeToString(plain) << " or float8_e4m3fn, got "
+      << tvm::ffi::DLDataTypeToString(type);
+  return same(type, kFloat8);
+}
+
 CacheParams cache_params(const Argument& cache, DLDataType type,
                          std::initializer_list<int64_t> shape) {
   cache.has_type(type).has_shape(shape).has_dense_rows();
@@ -246,6 +256,7 @@ void write_kv(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache
   rows[0].has_shape({kAny, kAny, kAny});
   caches[0].has_shape({kAny, kAny, kAny, kAny});
   p.dtype = rows[0].float_type();
+  p.has_float8_caches = has_float8_caches(caches[0], rows[0]);
   p.num_tokens = slot_mapping.size(0);
   p.num_kv_heads = k.size(1);
   p.head_dim = k.size(2);
@@ -255,8 +266,8 @@ void write_kv(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache
     rows[i].has_type(k.dtype()).has_shape({p.num_tokens, p.num_kv_heads, p.head_dim});
     rows[i].has_dense_rows().copy_strides(p.strides[i]);
     p.new_rows[i] = rows[i].tensor.data_ptr();
-    p.caches[i] =
-        cache_params(caches[i], k.dtype(), {num_pages, p.block_size, p.num_kv_heads, p.head_dim});
+    p.caches[i] = cache_params(caches[i], k_cache.dtype(),
+                               {num_pages, p.block_size, p.num_kv_heads, p.head_dim});
   }
   p.slot_mapping = slots.data<int64_t>();
   if (device.device_type == kDLCPU) {
@@ -290,8 +301,10 @@ void paged_attention(TensorView out, TensorView q, TensorView k_cache, TensorVie
   p.group = q.size(1) / p.num_kv_heads;
   const int64_t num_pages = k_cache.size(0),
                 num_requests = lengths.has_shape({kAny}).tensor.size(0);
-  p.k_cache = cache_params(k, q.dtype(), {num_pages, p.block_size, p.num_kv_heads, p.head_dim});
-  p.v_cache = cache_params(v, q.dtype(), {num_pages, p.block_size, p.num_kv_heads, p.head_dim});
+  p.has_float8_caches = has_float8_caches(k, query);
+  const auto cache_shape = {num_pages, p.block_size, p.num_kv_heads, p.head_dim};
+  p.k_cache = cache_params(k, k_cache.dtype(), cache_shape);
+  p.v_cache = cache_params(v, k_cache.dtype(), cache_shape);
   table.has_type(kInt32).has_shape({num_requests, kAny}).has_dense_rows();
   indptr.has_type(kInt32).has_shape({num_requests + 1}).is_contiguous();
   lengths.has_type(kInt32).is_contiguous();

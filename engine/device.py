@@ -15,7 +15,12 @@ from loraplex.attention.metadata import AttentionShape
 from loraplex.engine.config import GIB, EngineConfig
 from loraplex.engine.gpu_runner import MAX_GRAPH_TOKENS, GpuModelRunner
 from loraplex.engine.model_runner import ModelRunner
-from loraplex.engine.models.config import head_dim, read_model_config, resolve_dtype
+from loraplex.engine.models.config import (
+    head_dim,
+    read_model_config,
+    resolve_dtype,
+    resolve_kv_dtype,
+)
 from loraplex.engine.models.locate import locate_model, locate_tokenizer, model_name
 from loraplex.engine.models.registry import Model, base_model_spec, build_model, page_bytes
 from loraplex.engine.request import ModelInfo
@@ -80,7 +85,8 @@ class TorchDevice:
             vocab_size=hf_config.vocab_size,
             eos_token_ids=read_eos_token_ids(path),
         )
-        self.page_bytes = page_bytes(hf_config, config.block_size, dtype)
+        kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype)
+        self.page_bytes = page_bytes(hf_config, config.block_size, kv_dtype)
         spec = base_model_spec(hf_config)
         backend = get_backend(
             config.attention_backend,
@@ -91,6 +97,7 @@ class TorchDevice:
                 scale=head_dim(hf_config) ** -0.5,
                 block_size=config.block_size,
                 dtype=dtype,
+                kv_dtype=kv_dtype,
                 device=device,
                 max_num_requests=max(config.max_num_seqs, MAX_GRAPH_TOKENS),
                 max_num_pages=max(
@@ -103,11 +110,15 @@ class TorchDevice:
         if device.type == "cuda":
             self.steps_ahead = 1
             self.num_awaited_pages = AWAITED_COPY_BYTES // self.page_bytes
-            memory, self.runner = self._build_gpu_runner(config, model, hf_config, spec, backend)
+            memory, self.runner = self._build_gpu_runner(
+                config, model, hf_config, spec, backend, kv_dtype
+            )
         else:
             self.steps_ahead = 0
             memory = self._allocate(config.pool_bytes or _default_pool_bytes(), device)
-            self.runner = ModelRunner(model, hf_config, spec, backend, memory, config.block_size)
+            self.runner = ModelRunner(
+                model, hf_config, spec, backend, memory, config.block_size, kv_dtype
+            )
         self.num_pages = len(memory)
         self._store = HostAdapterStore(
             spec,
@@ -125,6 +136,7 @@ class TorchDevice:
         hf_config: Any,
         spec: BaseModelSpec,
         backend: AttentionBackend,
+        kv_dtype: torch.dtype,
     ) -> tuple[torch.Tensor, GpuModelRunner]:
         """The pool gets what is left of the device's memory, as measured."""
         device = model.embedding.device
@@ -134,6 +146,7 @@ class TorchDevice:
             spec,
             backend,
             config.block_size,
+            kv_dtype,
             config.max_num_seqs,
             config.max_num_batched_tokens,
             max_pool_pages=torch.cuda.mem_get_info(device)[1] // self.page_bytes,

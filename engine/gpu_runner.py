@@ -85,6 +85,7 @@ class GpuModelRunner:
         spec: BaseModelSpec,
         backend: AttentionBackend,
         block_size: int,
+        kv_dtype: torch.dtype,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_pool_pages: int,
@@ -95,6 +96,7 @@ class GpuModelRunner:
         self._spec = spec
         self._backend = backend
         self._block_size = block_size
+        self._kv_dtype = kv_dtype
         self._max_num_seqs = max_num_seqs
         self._max_num_tokens = max_num_batched_tokens
         self._device = model.embedding.device
@@ -127,7 +129,7 @@ class GpuModelRunner:
     def attach_pool(self, memory: Tensor) -> None:
         """memory: uint8 [num_pages, page_bytes], the pool from now on."""
         self._pool_memory = memory
-        self._kv_caches = make_kv_caches(memory, self._hf_config, self._block_size, self._model)
+        self._kv_caches = make_kv_caches(memory, self._hf_config, self._block_size, self._kv_dtype)
 
     # -- start-up --------------------------------------------------------------------------
 

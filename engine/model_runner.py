@@ -45,13 +45,14 @@ class ModelRunner:
         backend: AttentionBackend,
         pool_memory: torch.Tensor,
         block_size: int,
+        kv_dtype: torch.dtype,
     ) -> None:
         """pool_memory: uint8 [num_pages, page_bytes]."""
         self._model = model
         self._backend = backend
         self._pool_memory = pool_memory
         self._spec = spec
-        self._kv_caches = make_kv_caches(pool_memory, hf_config, block_size, model)
+        self._kv_caches = make_kv_caches(pool_memory, hf_config, block_size, kv_dtype)
         self._most_modules = wrap_linears(model, spec)
 
     @torch.inference_mode()
@@ -91,11 +92,10 @@ class ModelRunner:
 
 
 def make_kv_caches(
-    pool_memory: torch.Tensor, hf_config: Any, block_size: int, model: Model
+    pool_memory: torch.Tensor, hf_config: Any, block_size: int, kv_dtype: torch.dtype
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """K and V of each layer as views of the pool, uint8 [num_pages, page_bytes]."""
-    pages = pool_memory.view(model.embedding.dtype)
-    kv = pages.view(-1, *kv_block_shape(hf_config, block_size))
+    kv = pool_memory.view(kv_dtype).view(-1, *kv_block_shape(hf_config, block_size))
     return [(kv[:, layer, 0], kv[:, layer, 1]) for layer in range(kv.shape[1])]
 
 

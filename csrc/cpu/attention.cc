@@ -4,6 +4,7 @@
 // a prefill.
 #include <omp.h>
 
+#include "float8.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "simd.h"
@@ -15,14 +16,14 @@ constexpr int kKeys = kAttentionKeys;
 constexpr float kLowest = -1e30f;  // the maximum of no scores
 
 // Where kKeys keys and their values are.
-template <class T>
+template <class Cached>
 struct KeyRows {
-  const T* k[kKeys];
-  const T* v[kKeys];
+  const Cached* k[kKeys];
+  const Cached* v[kKeys];
 };
 
 // Working memory of one thread, on its stack. Rows are as long as head_dim needs, at most this.
-template <class T>
+template <class Cached>
 struct Scratch {
   alignas(64) float q[kAttentionRows * kMaxHeadDim];  // [rows, units of head_dim]
   alignas(64) float k[kMaxHeadDim * kKeys];           // [units of head_dim, keys]
@@ -30,27 +31,27 @@ struct Scratch {
   alignas(64) float scores[kAttentionRows * kKeys];   // [rows, keys], then the weights in units
   alignas(64) float sums[kAttentionRows * kMaxHeadDim];
   float max[kAttentionRows], weight[kAttentionRows], rescale[kAttentionRows];
-  KeyRows<T> located[2];  // the keys that are worked on, and those that come next
+  KeyRows<Cached> located[2];  // the keys that are worked on, and those that come next
 };
 
-template <class T>
-LORAPLEX_INLINE const T* row_of(const CacheParams& cache, int64_t page, int64_t offset,
-                                int64_t kv_head) {
-  return static_cast<const T*>(cache.data) + page * cache.page_stride +
+template <class Cached>
+LORAPLEX_INLINE const Cached* row_of(const CacheParams& cache, int64_t page, int64_t offset,
+                                     int64_t kv_head) {
+  return static_cast<const Cached*>(cache.data) + page * cache.page_stride +
          offset * cache.token_stride + kv_head * cache.head_stride;
 }
 
 // Finds an item's keys from key_begin on. Those past its end are zeros.
-template <class T>
+template <class Cached>
 void locate(const AttentionParams& p, const AttentionItem& item, int64_t key_begin,
-            KeyRows<T>& rows) {
-  alignas(64) static const T kZeros[kMaxHeadDim] = {};
+            KeyRows<Cached>& rows) {
+  alignas(64) static const Cached kZeros[kMaxHeadDim] = {};
   const int32_t* table = p.block_table + item.request * p.block_table_stride;
   int64_t block = key_begin / p.block_size, offset = key_begin % p.block_size;
   const int64_t num_keys = max(min(kKeys, item.key_end - key_begin), 0);
   for (int64_t i = 0; i < num_keys; ++block, offset = 0) {
-    const T* k = row_of<T>(p.k_cache, table[block], offset, item.kv_head);
-    const T* v = row_of<T>(p.v_cache, table[block], offset, item.kv_head);
+    const Cached* k = row_of<Cached>(p.k_cache, table[block], offset, item.kv_head);
+    const Cached* v = row_of<Cached>(p.v_cache, table[block], offset, item.kv_head);
     for (; offset < p.block_size && i < num_keys; ++offset, ++i) {
       rows.k[i] = k;
       rows.v[i] = v;
@@ -61,14 +62,15 @@ void locate(const AttentionParams& p, const AttentionItem& item, int64_t key_beg
   for (int64_t i = num_keys; i < kKeys; ++i) rows.k[i] = rows.v[i] = kZeros;
 }
 
-template <class T>
+// Queries and results are of type T, keys and values of type Cached.
+template <class T, class Cached>
 struct Attention {
   using Unit = typename UnitOf<T>::Type;
   static constexpr int kElements = Unit::kElements;
 
   const AttentionParams& p;
   const AttentionItem& item;
-  Scratch<T>& s;
+  Scratch<Cached>& s;
   const int64_t rows = item.row_end - item.row_begin;
   const int64_t units = ceil_div(p.head_dim, kElements);    // of head_dim
   const int64_t stride = ceil_div(units, kLanes) * kLanes;  // the same, in whole vectors
@@ -92,7 +94,7 @@ struct Attention {
       s.max[row] = kLowest;
       s.weight[row] = 0;
     }
-    KeyRows<T>*now = &s.located[0], *soon = &s.located[1];
+    KeyRows<Cached>*now = &s.located[0], *soon = &s.located[1];
     locate(p, item, item.key_begin, *now);
     for (int64_t key = item.key_begin; key < item.key_end; key += kKeys) {
       const int64_t num_keys = min(kKeys, item.key_end - key);
@@ -111,7 +113,7 @@ struct Attention {
       const Gemm sums{s.scores, kKeys, s.v, width, s.sums, width, ceil_div(num_keys, kElements),
                       rescale};
       gemm<Unit>(sums, rows, p.head_dim);
-      KeyRows<T>* const done = now;
+      KeyRows<Cached>* const done = now;
       now = soon;
       soon = done;
     }
@@ -135,12 +137,12 @@ struct Attention {
 
   // Rows that come next are fetched one by one beside those that are packed: a burst would queue
   // up.
-  LORAPLEX_INLINE static void prefetch(const T* row, int64_t d) {
-    constexpr int kLine = 64 / sizeof(T);
+  LORAPLEX_INLINE static void prefetch(const Cached* row, int64_t d) {
+    constexpr int kLine = 64 / sizeof(Cached);
     if (d % kLine == 0) __builtin_prefetch(row + d, 0, 2);
   }
 
-  void pack_keys(int64_t num_keys, const T* const* k, const T* const* next_k) {
+  void pack_keys(int64_t num_keys, const Cached* const* k, const Cached* const* next_k) {
     for (int64_t key = 0; key < num_keys; key += kLanes) {
       for (int64_t unit = 0; unit < units; unit += kLanes) {
         const int64_t d = unit * kElements;
@@ -158,7 +160,7 @@ struct Attention {
   }
 
   // Where a unit is two elements, it holds those of two keys.
-  void pack_values(int64_t num_keys, const T* const* v, const T* const* next_v) {
+  void pack_values(int64_t num_keys, const Cached* const* v, const Cached* const* next_v) {
     for (int64_t key = 0; key < num_keys; key += kElements) {
       float* packed = s.v + key / kElements * width;
       for (int64_t d = 0; d < p.head_dim; d += kLanes * kElements) {
@@ -286,25 +288,34 @@ void merge_row(const AttentionParams& p, const AttentionMerge& merge, int64_t ro
   });
 }
 
+template <class T, class Cached>
+void attend(const AttentionParams& p) {
+#pragma omp parallel if (p.parallel)
+  {
+    Scratch<Cached> scratch;
+    const int64_t num_threads = omp_get_num_threads();
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < p.num_items; ++i) {
+      const int64_t next = min(i + num_threads, p.num_items - 1);
+      Attention<T, Cached>{p, p.items[i], scratch}.run(p.items[next]);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < p.num_merges; ++i) {
+      for (int64_t row = 0; row < p.merges[i].num_rows; ++row) {
+        merge_row<T>(p, p.merges[i], row);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void attention(const AttentionParams& p) {
   dispatch(p.dtype, [&]<class T>(T*) {
-#pragma omp parallel if (p.parallel)
-    {
-      Scratch<T> scratch;
-      const int64_t num_threads = omp_get_num_threads();
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < p.num_items; ++i) {
-        const int64_t next = min(i + num_threads, p.num_items - 1);
-        Attention<T>{p, p.items[i], scratch}.run(p.items[next]);
-      }
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < p.num_merges; ++i) {
-        for (int64_t row = 0; row < p.merges[i].num_rows; ++row) {
-          merge_row<T>(p, p.merges[i], row);
-        }
-      }
+    if (p.has_float8_caches) {
+      attend<T, Float8>(p);
+    } else {
+      attend<T, T>(p);
     }
   });
 }

@@ -1,4 +1,5 @@
 // Row-wise operations of the model: RMS norm, rotary embedding, gated SiLU, writing K and V.
+#include "float8.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -54,6 +55,35 @@ LORAPLEX_INLINE void gate(T* out, const T* gate_row, const T* up_row, int64_t si
   });
 }
 
+template <class T>
+LORAPLEX_INLINE void convert(T* to, const T* from, int64_t size) {
+  __builtin_memcpy(to, from, size * sizeof(T));
+}
+
+template <class T>
+LORAPLEX_INLINE void convert(Float8* to, const T* from, int64_t size) {
+  for_each_vector(size, [&](int64_t i, auto load, auto store) { store(to + i, load(from + i)); });
+}
+
+template <class T, class Cached>
+void write_kv_as(const WriteKvParams& p) {
+  const int64_t elements = p.num_tokens * p.num_kv_heads * p.head_dim;
+#pragma omp parallel for if (elements > kParallelElements)
+  for (int64_t token = 0; token < p.num_tokens; ++token) {
+    const int64_t page = p.slot_mapping[token] / p.block_size;
+    const int64_t offset = p.slot_mapping[token] % p.block_size;
+    for (int which = 0; which < 2; ++which) {
+      const T* from = static_cast<const T*>(p.new_rows[which]) + token * p.strides[which][0];
+      const CacheParams& cache = p.caches[which];
+      Cached* to =
+          static_cast<Cached*>(cache.data) + page * cache.page_stride + offset * cache.token_stride;
+      for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+        convert(to + head * cache.head_stride, from + head * p.strides[which][1], p.head_dim);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void rms_norm(const RmsNormParams& p) {
@@ -105,21 +135,10 @@ void silu_and_mul(const SiluAndMulParams& p) {
 
 void write_kv(const WriteKvParams& p) {
   dispatch(p.dtype, [&]<class T>(T*) {
-    const int64_t elements = p.num_tokens * p.num_kv_heads * p.head_dim;
-#pragma omp parallel for if (elements > kParallelElements)
-    for (int64_t token = 0; token < p.num_tokens; ++token) {
-      const int64_t page = p.slot_mapping[token] / p.block_size;
-      const int64_t offset = p.slot_mapping[token] % p.block_size;
-      for (int which = 0; which < 2; ++which) {
-        const T* from = static_cast<const T*>(p.new_rows[which]) + token * p.strides[which][0];
-        const CacheParams& cache = p.caches[which];
-        T* to =
-            static_cast<T*>(cache.data) + page * cache.page_stride + offset * cache.token_stride;
-        for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-          __builtin_memcpy(to + head * cache.head_stride, from + head * p.strides[which][1],
-                           p.head_dim * sizeof(T));
-        }
-      }
+    if (p.has_float8_caches) {
+      write_kv_as<T, Float8>(p);
+    } else {
+      write_kv_as<T, T>(p);
     }
   });
 }

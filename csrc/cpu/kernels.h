@@ -53,6 +53,7 @@ struct WriteKvParams {
   const void* new_rows[2];  // k and v, [num_tokens, num_kv_heads, head_dim]
   int64_t strides[2][2];
   CacheParams caches[2];
+  bool has_float8_caches;  // of float8 e4m3fn; else of dtype
   const int64_t* slot_mapping;
   int64_t num_tokens, num_kv_heads, head_dim, block_size;
 };
@@ -79,6 +80,7 @@ struct AttentionParams {
   const void* q;
   int64_t out_strides[2], q_strides[2];
   CacheParams k_cache, v_cache;
+  bool has_float8_caches;  // of float8 e4m3fn; else of dtype
   const int32_t* block_table;
   int64_t block_table_stride;
   const int32_t* cu_seqlens_q;

@@ -285,12 +285,24 @@ LORAPLEX_INLINE Vec tanh(Vec x) {
 // where the machine multiplies them in pairs.
 struct FloatUnit {
   static constexpr int kElements = 1;
+  template <class T>
+  LORAPLEX_INLINE static Vec from(const T* p) {
+    return load(p);
+  }
   LORAPLEX_INLINE static Vec dot(Vec sum, Vec a, Vec b) { return sum + a * b; }
 };
 
 #ifdef __AVX512BF16__
+LORAPLEX_INLINE Vec load_pairs(const BFloat16* p) {
+  return load(reinterpret_cast<const float*>(p));
+}
+
 struct BFloat16Unit {
   static constexpr int kElements = 2;
+  template <class T>
+  LORAPLEX_INLINE static Vec from(const T* p) {
+    return load_pairs(p);
+  }
   LORAPLEX_INLINE static Vec dot(Vec sum, Vec a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -312,14 +324,10 @@ struct UnitOf<BFloat16> {
 template <class Unit, class T>
 LORAPLEX_INLINE Vec load_units(const T* p, int64_t n) {
   constexpr int kElements = kLanes * Unit::kElements;
-  if constexpr (Unit::kElements == 1) {
-    return n >= kElements ? load(p) : load_partial(p, n);
-  } else {
-    if (n >= kElements) return load(reinterpret_cast<const float*>(p));
-    T buffer[kElements] = {};
-    for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
-    return load(reinterpret_cast<const float*>(buffer));
-  }
+  if (n >= kElements) return Unit::from(p);
+  T buffer[kElements] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return Unit::from(buffer);
 }
 
 // Calls f(T*) with T the element type of dtype.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -10,6 +11,7 @@
 namespace loraplex::cuda {
 
 using BFloat16 = __nv_bfloat16;
+using Float8 = __nv_fp8_e4m3;
 
 template <class T>
 __device__ __forceinline__ float to_float(T x) {
@@ -19,12 +21,13 @@ __device__ __forceinline__ float to_float(T x) {
     return x;
 }
 
+// Float8: what is beyond its greatest number becomes that.
 template <class T>
 __device__ __forceinline__ T from_float(float x) {
   if constexpr (std::is_same_v<T, BFloat16>)
     return __float2bfloat16(x);
   else
-    return x;
+    return T(x);
 }
 
 // kWidth elements that are read and written at once.

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One block a token; threads go over K's vectors, then over V's.
-template <class T, int kWidth>
+template <class T, class Cached, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     write_kv_kernel(const __grid_constant__ WriteKvParams p) {
   wait_for_previous_kernel();
@@ -114,9 +114,18 @@ __global__ void __launch_bounds__(kThreads)
     const CacheParams& cache = p.caches[which];
     const T* source = static_cast<const T*>(p.new_rows[which]) + token * p.strides[which][0] +
                       head * p.strides[which][1] + i;
-    T* target = static_cast<T*>(cache.data) + page * cache.page_stride +
-                offset * cache.token_stride + head * cache.head_stride + i;
-    store<kWidth>(target, load<kWidth>(source));
+    Cached* target = static_cast<Cached*>(cache.data) + page * cache.page_stride +
+                     offset * cache.token_stride + head * cache.head_stride + i;
+    const Vec<T, kWidth> row = load<kWidth>(source);
+    if constexpr (std::is_same_v<T, Cached>) {
+      store<kWidth>(target, row);
+    } else {
+      Vec<Cached, kWidth> converted;
+      for (int k = 0; k < kWidth; ++k) {
+        converted.lanes[k] = from_float<Cached>(to_float(row.lanes[k]));
+      }
+      store<kWidth>(target, converted);
+    }
   }
 }
 
@@ -189,7 +198,10 @@ const char* write_kv(const WriteKvParams& p, void* stream) {
                                   cache.token_stride, cache.head_stride});
   }
   with_type(p.dtype, is_wide, [&](auto element, auto width) {
-    launch(write_kv_kernel<decltype(element), width>, dim3(p.num_tokens), kThreads, stream, p);
+    using T = decltype(element);
+    const auto kernel =
+        p.has_float8_caches ? write_kv_kernel<T, Float8, width> : write_kv_kernel<T, T, width>;
+    launch(kernel, dim3(p.num_tokens), kThreads, stream, p);
   });
   return last_error();
 }

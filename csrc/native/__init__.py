@@ -65,11 +65,17 @@ apply_rope: Callable[[Tensor, Tensor, Tensor, Tensor], None] = _library.apply_ro
 silu_and_mul: Callable[[Tensor, Tensor], None] = _library.silu_and_mul
 """(out, gate_up)"""
 write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = _library.write_kv
-"""(k, v, k_cache, v_cache, slot_mapping)"""
+"""(k, v, k_cache, v_cache, slot_mapping)
+
+Caches are of the dtype of k and v, or float8_e4m3fn.
+"""
 paged_attention: Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None, float], None
 ] = _library.paged_attention
-"""(out, q, k_cache, v_cache, block_table, cu_seqlens_q, seq_lens, scale, window, soft_cap)"""
+"""(out, q, k_cache, v_cache, block_table, cu_seqlens_q, seq_lens, scale, window, soft_cap)
+
+Caches are of the dtype of q, or float8_e4m3fn.
+"""
 lora_shrink: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int], None] = (
     _library.lora_shrink
 )

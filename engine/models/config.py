@@ -43,6 +43,11 @@ def resolve_dtype(requested: str, config: Any) -> torch.dtype:
     return dtype
 
 
+def resolve_kv_dtype(requested: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the KV cache of a model that runs in `dtype`."""
+    return torch.float8_e4m3fn if requested == "fp8" else dtype
+
+
 def head_dim(config: Any) -> int:
     """Elements of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

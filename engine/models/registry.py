@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.models.config import head_dim, read_model_config, resolve_dtype
+from loraplex.engine.models.config import (
+    head_dim,
+    read_model_config,
+    resolve_dtype,
+    resolve_kv_dtype,
+)
 from loraplex.engine.models.llama import LlamaForCausalLM
 from loraplex.engine.models.loader import fill_dummy_weights, load_weights
 from loraplex.engine.models.locate import locate_model
@@ -54,9 +59,9 @@ def kv_block_shape(hf_config: Any, block_size: int) -> tuple[int, int, int, int,
     return layers, 2, block_size, heads, head_dim(hf_config)
 
 
-def page_bytes(hf_config: Any, block_size: int, dtype: torch.dtype) -> int:
+def page_bytes(hf_config: Any, block_size: int, kv_dtype: torch.dtype) -> int:
     """Bytes of a page: one KV block of all layers."""
-    return torch.Size(kv_block_shape(hf_config, block_size)).numel() * dtype.itemsize
+    return torch.Size(kv_block_shape(hf_config, block_size)).numel() * kv_dtype.itemsize
 
 
 def base_model_spec(hf_config: Any) -> BaseModelSpec:
@@ -76,9 +81,13 @@ def base_model_spec(hf_config: Any) -> BaseModelSpec:
 
 
 def lora_spec(
-    model: str, revision: str | None = None, dtype: str = "auto", block_size: int = 16
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    block_size: int = 16,
+    kv_cache_dtype: str = "auto",
 ) -> tuple[BaseModelSpec, int]:
     """(what adapters of the model may target, bytes of a page), without loading its weights."""
     hf_config = read_model_config(locate_model(model, revision))
-    bytes_per_page = page_bytes(hf_config, block_size, resolve_dtype(dtype, hf_config))
-    return base_model_spec(hf_config), bytes_per_page
+    kv_dtype = resolve_kv_dtype(kv_cache_dtype, resolve_dtype(dtype, hf_config))
+    return base_model_spec(hf_config), page_bytes(hf_config, block_size, kv_dtype)

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_batch import DTYPES, MIXED, RELATIVE_ERROR, SOFT_CAPS, WINDOWED, WINDOWS, Batch
+from attention_batch import (
+    DTYPES,
+    FLOAT8,
+    KV_DTYPES,
+    MIXED,
+    RELATIVE_ERROR,
+    SOFT_CAPS,
+    WINDOWED,
+    WINDOWS,
+    Batch,
+    check_float8_writes,
+    same_bytes,
+)
 
 from loraplex import native
 
@@ -15,9 +27,12 @@ def seed(one_thread: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 80, 96, 128, 250, 256])
-def test_head_dims(isa: str, dtype: torch.dtype, head_dim: int) -> None:
-    Batch(MIXED, dtype, head_dim=head_dim).check("native")
+def test_head_dims(
+    isa: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, head_dim: int
+) -> None:
+    Batch(MIXED, dtype, head_dim=head_dim, kv_dtype=kv_dtype).check("native")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -29,12 +44,16 @@ def test_groups(isa: str, dtype: torch.dtype, num_kv_heads: int, group: int) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("block_size", [1, 5, 8, 16, 32, 100])
-def test_block_sizes(isa: str, dtype: torch.dtype, block_size: int) -> None:
-    Batch(MIXED, dtype, block_size=block_size).check("native")
+def test_block_sizes(
+    isa: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, block_size: int
+) -> None:
+    Batch(MIXED, dtype, block_size=block_size, kv_dtype=kv_dtype).check("native")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize(
     "requests",
     [
@@ -46,8 +65,13 @@ def test_block_sizes(isa: str, dtype: torch.dtype, block_size: int) -> None:
     ],
     ids=["decode", "prefill", "chunks", "split_keys", "idle"],
 )
-def test_lengths(isa: str, dtype: torch.dtype, requests: list[tuple[int, int]]) -> None:
-    Batch(requests, dtype).check("native")
+def test_lengths(
+    isa: str,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None,
+    requests: list[tuple[int, int]],
+) -> None:
+    Batch(requests, dtype, kv_dtype=kv_dtype).check("native")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,6 +86,13 @@ def test_windows_and_soft_caps(
 @pytest.mark.parametrize("block_size", [1, 5, 100])
 def test_windows_in_pages_of_any_size(isa: str, block_size: int) -> None:
     Batch(WINDOWED, torch.float32, block_size=block_size).check("native", 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 100])
+def test_windows_and_soft_caps_of_float8(isa: str, dtype: torch.dtype, window: int | None) -> None:
+    batch = Batch(WINDOWED, dtype, logits_soft_cap=30.0, kv_dtype=FLOAT8)
+    batch.check("native", window)
 
 
 def test_keys_before_the_window_are_not_read(isa: str) -> None:
@@ -89,6 +120,26 @@ def test_scores_of_large_magnitude(isa: str, dtype: torch.dtype) -> None:
     batch.qkv *= 30
     exact, result = batch.exact(), batch.run("native").double()
     assert (result - exact).norm() / exact.norm() < 10 * RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 100])
+def test_every_number_of_float8_is_read_as_it_is(
+    isa: str, dtype: torch.dtype, head_dim: int
+) -> None:
+    """A row that sees one key gets that key's value; NaN stays NaN."""
+    values = torch.arange(256).to(torch.uint8).repeat(head_dim).view(FLOAT8)
+    values = values.view(256, 1, 1, head_dim)
+    keys, is_nan = torch.zeros_like(values), values.isnan()
+    q = torch.ones(256, 1, head_dim, dtype=dtype)
+    out, requests = torch.empty_like(q), torch.arange(256, dtype=torch.int32)
+    native.paged_attention(
+        out, q, keys, values, requests[:, None], torch.arange(257, dtype=torch.int32),
+        torch.ones_like(requests), 1.0, None, 0.0,
+    )  # fmt: skip
+    result = out[:, None]
+    assert torch.equal(result.isnan(), is_nan)
+    assert torch.equal(result[~is_nan], values.to(dtype)[~is_nan])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,14 +177,23 @@ def test_strides_of_q(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 50, 64])
-def test_write_kv(isa: str, dtype: torch.dtype, head_dim: int) -> None:
-    batch = Batch(MIXED, dtype, head_dim=head_dim)
+def test_write_kv(
+    isa: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, head_dim: int
+) -> None:
+    batch = Batch(MIXED, dtype, head_dim=head_dim, kv_dtype=kv_dtype)
     expected = [cache.clone() for cache in (batch.k_cache, batch.v_cache)]
     batch.plan("reference").write_kv(batch.k, batch.v, *expected)
     batch.plan("native").write_kv(batch.k, batch.v, batch.k_cache, batch.v_cache)
     for cache, want in zip((batch.k_cache, batch.v_cache), expected, strict=True):
-        assert torch.equal(cache.nan_to_num(7.0), want.nan_to_num(7.0))
+        assert same_bytes(cache, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [4, 64])
+def test_float8_is_rounded_as_by_torch(isa: str, dtype: torch.dtype, head_dim: int) -> None:
+    check_float8_writes(head_dim, dtype)
 
 
 class TestErrors:
@@ -161,7 +221,11 @@ class TestErrors:
         ("changes", "message"),
         [
             ({"q": torch.zeros(4, 6, 64).half()}, "q must be of type bfloat16 or float32"),
-            ({"q": torch.zeros(4, 6, 64)}, "k_cache must be of type float32, got bfloat16"),
+            ({"q": torch.zeros(4, 6, 64)}, "k_cache must be of type float32 or float8_e4m3fn"),
+            (
+                {"v_cache": torch.zeros(2, 16, 2, 64).to(FLOAT8)},
+                "v_cache must be of type bfloat16, got float8_e4m3fn",
+            ),
             ({"q": torch.zeros(4, 5, 64).bfloat16()}, "heads, 5, must be a multiple"),
             (
                 {"q": torch.zeros(4, 6, 63).bfloat16()},

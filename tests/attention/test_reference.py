@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_batch import MIXED, SOFT_CAPS, WINDOWS, Batch
+from attention_batch import (
+    DTYPES,
+    FLOAT8,
+    KV_DTYPES,
+    MIXED,
+    RELATIVE_ERROR,
+    SOFT_CAPS,
+    WINDOWS,
+    Batch,
+)
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 
@@ -41,6 +50,31 @@ def test_windows_and_soft_caps(window: int | None, logits_soft_cap: float) -> No
     result = batch.exact(window)
     for request, (begin, end) in enumerate(batch.bounds()):
         torch.testing.assert_close(result[begin:end], dense(batch, request, window))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("window", [None, 16])
+def test_dtypes(dtype: torch.dtype, kv_dtype: torch.dtype | None, window: int | None) -> None:
+    batch = Batch(MIXED, dtype, kv_dtype=kv_dtype)
+    result = batch.run("reference", window)
+    for request, (begin, end) in enumerate(batch.bounds()):
+        exact = dense(batch, request, window)
+        error = (result[begin:end].double() - exact).norm()
+        assert error <= RELATIVE_ERROR[dtype] * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_caches_get_the_nearest_number(dtype: torch.dtype) -> None:
+    """An even one of two, the greatest for what is beyond it, and what is read later is that."""
+    batch = Batch([(8, 8)], dtype, head_dim=1, num_kv_heads=1, kv_dtype=FLOAT8)
+    k = torch.tensor([1.0, 1.0625, 1.1875, -1.125, 500.0, -torch.inf, 2.0**-10, 3 * 2.0**-10])
+    k, v = (x.to(dtype).view(8, 1, 1) for x in (k, -k))
+    batch.plan("reference").write_kv(k, v, batch.k_cache, batch.v_cache)
+    expected = torch.tensor([1.0, 1.0, 1.25, -1.125, 448.0, -448.0, 0.0, 2 * 2.0**-9])
+    page = batch.metadata.block_table[0, 0]
+    assert torch.equal(batch.k_cache[page, :8].flatten().float(), expected)
+    assert torch.equal(batch.v_cache[page, :8].flatten().float(), -expected)
 
 
 @pytest.mark.parametrize("window", [None, 16, 100])

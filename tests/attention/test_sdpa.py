@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_batch import DTYPES, MIXED, WINDOWED, WINDOWS, Batch
+from attention_batch import (
+    DTYPES,
+    KV_DTYPES,
+    MIXED,
+    WINDOWED,
+    WINDOWS,
+    Batch,
+    same_bytes,
+)
 
 from loraplex.attention import sdpa
 from loraplex.attention.backend import get_backend
@@ -32,10 +40,13 @@ def test_groups(num_kv_heads: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("block_size", [5, 16])
-def test_windows(dtype: torch.dtype, window: int | None, block_size: int) -> None:
-    batch = Batch(WINDOWED + DECODE, dtype, block_size=block_size)
+def test_windows(
+    dtype: torch.dtype, kv_dtype: torch.dtype | None, window: int | None, block_size: int
+) -> None:
+    batch = Batch(WINDOWED + DECODE, dtype, block_size=block_size, kv_dtype=kv_dtype)
     batch.check("sdpa", window, RELATIVE_ERROR)
 
 
@@ -63,13 +74,14 @@ def test_decode_is_one_group() -> None:
     assert [group.rows.shape for group in batch.plan("sdpa").groups[None]] == [(6, 1)]
 
 
-def test_write_kv() -> None:
-    batch = Batch(MIXED, torch.float32, head_dim=80)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_write_kv(kv_dtype: torch.dtype | None) -> None:
+    batch = Batch(MIXED, torch.float32, head_dim=80, kv_dtype=kv_dtype)
     expected = [cache.clone() for cache in (batch.k_cache, batch.v_cache)]
     batch.plan("reference").write_kv(batch.k, batch.v, *expected)
     batch.plan("sdpa").write_kv(batch.k, batch.v, batch.k_cache, batch.v_cache)
     for cache, want in zip((batch.k_cache, batch.v_cache), expected, strict=True):
-        assert torch.equal(cache.nan_to_num(7.0), want.nan_to_num(7.0))
+        assert same_bytes(cache, want)
 
 
 def test_a_soft_cap_is_refused() -> None:

@@ -58,10 +58,11 @@ def on_gpu_runner(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[gpu_runner.G
     """Engines of the CPU get a GPU runner; the list of those that were made."""
     runners = []
 
-    def make(model, hf_config, spec, backend, memory, block_size):
+    def make(model, hf_config, spec, backend, memory, block_size, kv_dtype):
         runner = gpu_runner.GpuModelRunner(
-            model, hf_config, spec, backend, block_size, 32, 256, max_pool_pages=len(memory)
-        )
+            model, hf_config, spec, backend, block_size, kv_dtype, 32, 256,
+            max_pool_pages=len(memory),
+        )  # fmt: skip
         runner.attach_pool(memory)
         runners.append(runner)
         return runner
@@ -107,7 +108,9 @@ def adapters(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     }
 
 
-def generate(model_path: Path, adapters: dict[str, str], **params) -> list[tuple]:
+def generate(
+    model_path: Path, adapters: dict[str, str], kv_cache_dtype: str = "auto", **params
+) -> list[tuple]:
     """Each request's tokens and log-probabilities."""
     generator = torch.Generator().manual_seed(1)
     cases = [
@@ -119,7 +122,7 @@ def generate(model_path: Path, adapters: dict[str, str], **params) -> list[tuple
     with LLM(
         str(model_path), device="cpu", skip_tokenizer_init=True, load_format="dummy",
         attention_backend="reference", max_num_seqs=32, max_num_batched_tokens=256,
-        pool_bytes=8 << 20,
+        pool_bytes=8 << 20, kv_cache_dtype=kv_cache_dtype,
     ) as llm:  # fmt: skip
         outputs = llm.generate(
             [prompt for prompt, _ in cases],
@@ -138,6 +141,7 @@ def generate(model_path: Path, adapters: dict[str, str], **params) -> list[tuple
         {"temperature": 0},
         {"temperature": 0.8, "top_p": 0.9, "seed": 1},
         {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 2, "prompt_logprobs": 1},
+        {"temperature": 0, "kv_cache_dtype": "fp8"},
     ],
 )
 @pytest.mark.parametrize("max_graph_prefill", [0, 1 << 17])

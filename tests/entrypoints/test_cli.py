@@ -136,6 +136,10 @@ def test_version():
     [
         (["serve", "--port", "99999"], "port=99999 is not allowed"),
         (["serve", "--dtype", "float8"], "dtype='float8' is not allowed"),
+        (
+            ["serve", "--kv-cache-dtype", "fp4"],
+            "kv_cache_dtype='fp4' is not allowed: it must be one of 'auto', 'fp8'",
+        ),
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0 is not allowed"),
     ],
 )

@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_batch import DTYPES, WINDOWED, WINDOWS, Batch, Requests
+from attention_batch import (
+    DTYPES,
+    FLOAT8,
+    KV_DTYPES,
+    WINDOWED,
+    WINDOWS,
+    Batch,
+    Requests,
+    check_float8_writes,
+    same_bytes,
+)
 
 from loraplex.attention.backend import get_backend
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
@@ -31,7 +41,7 @@ def check_twice(batch: Batch, backend: str) -> None:
         planned = shared.plan(batch.metadata)
         planned.write_kv(batch.k, batch.v, *caches)
         for cache, want in zip(caches, expected, strict=True):
-            assert torch.equal(cache.nan_to_num(7.0), want.nan_to_num(7.0))
+            assert same_bytes(cache, want)
         for window in batch.shape.windows:
             exact = batch.exact(window)
             result = planned.run(batch.q, *caches, window).double()
@@ -40,37 +50,63 @@ def check_twice(batch: Batch, backend: str) -> None:
                 assert error <= RELATIVE_ERROR[batch.q.dtype] * exact[begin:end].norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [4, 64])
+def test_float8_is_rounded_as_by_torch(dtype: torch.dtype, head_dim: int) -> None:
+    check_float8_writes(head_dim, dtype, "cuda")
+
+
 @pytest.mark.parametrize("requests", [MIXED, DECODE], ids=["mixed", "decode"])
-@pytest.mark.parametrize(("head_dim", "heads"), [(64, (9, 3)), (128, (32, 8)), (128, (7, 1))])
-def test_flashinfer(requests: Requests, head_dim: int, heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "heads"), [(64, (9, 3)), (128, (32, 8)), (128, (7, 1)), (256, (8, 4))]
+)
+def test_flashinfer(
+    requests: Requests, kv_dtype: torch.dtype | None, head_dim: int, heads: tuple[int, int]
+) -> None:
     num_heads, num_kv_heads = heads
     batch = Batch(
         requests, torch.bfloat16, head_dim, num_kv_heads, num_heads // num_kv_heads,
-        windows=(None,), device="cuda",
+        windows=(None,), device="cuda", kv_dtype=kv_dtype,
     )  # fmt: skip
     check_twice(batch, "flashinfer")
 
 
 @pytest.mark.parametrize("requests", [MIXED, WINDOWED, DECODE], ids=["mixed", "windowed", "decode"])
 @pytest.mark.parametrize(
-    ("logits_soft_cap", "windows"), [(0.0, WINDOWS), (30.0, WINDOWS), (30.0, (None,)), (0.0, (16,))]
+    ("logits_soft_cap", "windows", "kv_dtype"),
+    [
+        (0.0, WINDOWS, None),
+        (30.0, WINDOWS, None),
+        (30.0, WINDOWS, FLOAT8),
+        (30.0, (None,), None),
+        (0.0, (16,), None),
+    ],
 )
 def test_flashinfer_windows_and_soft_caps(
-    requests: Requests, logits_soft_cap: float, windows: tuple[int | None, ...]
+    requests: Requests,
+    logits_soft_cap: float,
+    windows: tuple[int | None, ...],
+    kv_dtype: torch.dtype | None,
 ) -> None:
     batch = Batch(
         requests, torch.bfloat16, 128, num_kv_heads=8, group=4,
-        logits_soft_cap=logits_soft_cap, windows=windows, device="cuda",
+        logits_soft_cap=logits_soft_cap, windows=windows, device="cuda", kv_dtype=kv_dtype,
     )  # fmt: skip
     check_twice(batch, "flashinfer")
 
 
 @pytest.mark.parametrize("requests", [MIXED, DECODE], ids=["mixed", "decode"])
-def test_graphs_follow_the_plans_of_all_windows(requests: Requests) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_graphs_follow_the_plans_of_all_windows(
+    requests: Requests, kv_dtype: torch.dtype | None
+) -> None:
     """Layers of several windows in one graph, replayed for other requests than it was made for,
     which do not fill it."""
     windows = (None, 16, 600)
-    batch = Batch(requests, torch.bfloat16, 128, 8, 4, windows=windows, device="cuda")
+    batch = Batch(
+        requests, torch.bfloat16, 128, 8, 4, windows=windows, device="cuda", kv_dtype=kv_dtype
+    )
     num_tokens = len(batch.q)
     bucket = num_tokens + 5
     q = torch.cat([batch.q, batch.q.new_full((5, *batch.q.shape[1:]), torch.nan)])
@@ -109,17 +145,26 @@ def test_graphs_follow_the_plans_of_all_windows(requests: Requests) -> None:
 
 @pytest.mark.parametrize("requests", [WINDOWED, DECODE], ids=["windowed", "decode"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize(("head_dim", "heads"), [(64, (9, 3)), (80, (8, 8)), (96, (8, 2)),
                                                  (112, (7, 1)), (128, (32, 8))])  # fmt: skip
 def test_sdpa(
-    requests: Requests, dtype: torch.dtype, head_dim: int, heads: tuple[int, int]
+    requests: Requests,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None,
+    head_dim: int,
+    heads: tuple[int, int],
 ) -> None:
     num_heads, num_kv_heads = heads
-    batch = Batch(requests, dtype, head_dim, num_kv_heads, num_heads // num_kv_heads, device="cuda")
+    batch = Batch(
+        requests, dtype, head_dim, num_kv_heads, num_heads // num_kv_heads, device="cuda",
+        kv_dtype=kv_dtype,
+    )  # fmt: skip
     check_twice(batch, "sdpa")
 
 
 def test_a_head_dim_that_would_be_wrong_is_refused() -> None:
-    shape = AttentionShape(8, 2, 80, 1.0, 16, torch.bfloat16, torch.device("cuda"), 16, 1000)
+    dtype = torch.bfloat16
+    shape = AttentionShape(8, 2, 80, 1.0, 16, dtype, dtype, torch.device("cuda"), 16, 1000)
     with pytest.raises(ValueError, match="head_dim of 80"):
         get_backend("flashinfer", shape)

@@ -21,6 +21,8 @@ RANKS = {"r1": 1, "r8": 8, "r12": 12, "r16": 16, "r64": 64, "r256": 256}
 # How far below the likeliest token (log-probability) a choice in bfloat16 may be: logits of
 # this model are about 1, and their rounding in the layers adds up to a few hundredths.
 NEAR_TIE = 0.1
+# With keys and values in float8. A token by chance is about 3 below.
+NEAR_TIE_OF_FLOAT8 = 1.0
 
 Case = tuple[list[int], str | None]
 
@@ -102,11 +104,13 @@ def bfloat16_results(model_path, adapters, cases) -> list[list[int]]:
     return generate(model_path, adapters, cases, dtype="bfloat16")
 
 
-def check_choices(cases: list[Case], oracle: Oracle, results: list[list[int]]) -> None:
+def check_choices(
+    cases: list[Case], oracle: Oracle, results: list[list[int]], near_tie: float = NEAR_TIE
+) -> None:
     for (prompt, name), token_ids in zip(cases, results, strict=True):
         scored = oracle.score(prompt, token_ids, name)
         gaps = [b - a for a, b in zip(scored.logprobs, scored.greedy_logprobs, strict=True)]
-        assert max(gaps) < NEAR_TIE, (name, len(prompt), max(gaps))
+        assert max(gaps) < near_tie, (name, len(prompt), max(gaps))
 
 
 def test_bfloat16_tokens_are_likeliest_or_near(cases, oracle, bfloat16_results):
@@ -131,6 +135,11 @@ def test_preemption_and_eviction_change_no_token(model_path, adapters, cases):
     # A page has 48 KiB; the largest adapter takes 260 of them.
     pressed = generate(model_path, adapters, cases, **options, pool_bytes=400 * 49152)
     assert pressed == relaxed
+
+
+def test_float8_kv_tokens_are_likeliest_or_near(model_path, adapters, cases):
+    results = generate(model_path, adapters, cases, dtype="bfloat16", kv_cache_dtype="fp8")
+    check_choices(cases, Oracle(model_path, adapters, float8_kv=True), results, NEAR_TIE_OF_FLOAT8)
 
 
 def test_a_mixed_batch_equals_each_alone(model_path, adapters, cases):

@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import torch
 
+from loraplex import native
 from loraplex.attention.backend import PlannedAttention, get_backend
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 
 DTYPES = [torch.float32, torch.bfloat16]
+FLOAT8 = torch.float8_e4m3fn
+# Of the caches; None: as of the queries.
+KV_DTYPES = [None, FLOAT8]
 # Of the norm of the result. bfloat16: rounding the result and, where the machine multiplies
-# bfloat16, the weights; each adds 0.0015 on average.
-RELATIVE_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
+# bfloat16, the weights; each adds 0.0015 on average, both up to 0.0029 to a result of 96 numbers.
+RELATIVE_ERROR = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
 # (query rows, context) of each request
 MIXED = [(1, 1), (1, 17), (9, 9), (1, 130), (5, 70), (33, 33), (1, 64)]
 # Beside these: keys that the native kernels split, and rows whose windows begin in several blocks.
@@ -37,19 +41,21 @@ class Batch:
         logits_soft_cap: float = 0.0,
         windows: tuple[int | None, ...] = WINDOWS,
         device: str = "cpu",
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
+        kv_dtype = kv_dtype or dtype
         num_heads = num_kv_heads * group
         num_blocks = [-(-context // block_size) for _, context in requests]
         self.requests = requests
         self.shape = AttentionShape(
-            num_heads, num_kv_heads, head_dim, head_dim**-0.5, block_size, dtype,
+            num_heads, num_kv_heads, head_dim, head_dim**-0.5, block_size, dtype, kv_dtype,
             torch.device(device), max_num_requests=len(requests), max_num_pages=sum(num_blocks),
             logits_soft_cap=logits_soft_cap, windows=windows,
         )  # fmt: skip
         num_pages, num_layers, layer = sum(num_blocks) + 3, 3, 1
         pool = torch.full(
             (num_pages, num_layers, 2, block_size, num_kv_heads, head_dim),
-            torch.nan, dtype=dtype, device=device,
+            torch.nan, dtype=kv_dtype, device=device,
         )  # fmt: skip
         self.k_cache, self.v_cache = pool[:, layer, 0], pool[:, layer, 1]
         free = (torch.randperm(num_pages - 1) + 1).tolist()
@@ -146,3 +152,38 @@ class Batch:
             ]
             error = (torch.cat(chunks).double() - whole).norm() / whole.norm()
             assert error <= RELATIVE_ERROR[self.q.dtype]
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same, NaN included."""
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def float8_inputs(dtype: torch.dtype) -> torch.Tensor:
+    """What is worth rounding to float8: all of bfloat16, or of float32 random bits, random numbers
+    of all magnitudes, and everything that is a number of float8, lies halfway between two, or next
+    to that. [a multiple of 256]"""
+    if dtype == torch.bfloat16:
+        return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    numbers = torch.arange(256).to(torch.uint8).view(FLOAT8).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    halfway = (numbers[1:] + numbers[:-1]) / 2
+    exact = torch.cat([numbers, halfway])
+    near = [torch.nextafter(exact, torch.full_like(exact, side)) for side in (-1e9, 1e9)]
+    bits = torch.randint(-(2**31), 2**31, (2**16,)).to(torch.int32).view(dtype)
+    magnitudes = torch.exp2(torch.randint(-12, 11, (2**16,)))
+    inputs = torch.cat([exact, *near, bits, magnitudes * torch.randn(2**16)])
+    return torch.cat([inputs, inputs[: -len(inputs) % 256]])
+
+
+def check_float8_writes(head_dim: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """native.write_kv rounds as torch does; NaN stays NaN, of any sign."""
+    x = float8_inputs(dtype).view(-1, 1, head_dim).to(device)
+    rows, slots = torch.cat([x, x.flip(0)], dim=1), torch.randperm(len(x), device=device)
+    caches = torch.zeros(len(x), 2, 1, 2, head_dim, dtype=FLOAT8, device=device).unbind(1)
+    native.write_kv(rows, rows.flip(1), *caches, slots)
+    for cache, written in zip(caches, (rows, rows.flip(1)), strict=True):
+        result, is_nan = cache[slots, 0], written.isnan()
+        expected = written.clamp(-448, 448).to(FLOAT8)
+        assert torch.equal(result.isnan(), is_nan)
+        assert same_bytes(result[~is_nan], expected[~is_nan])

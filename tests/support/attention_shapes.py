@@ -14,6 +14,7 @@ def make_shape(scale: float, block_size: int) -> AttentionShape:
         scale=scale,
         block_size=block_size,
         dtype=torch.float32,
+        kv_dtype=torch.float32,
         device=torch.device("cpu"),
         max_num_requests=0,
         max_num_pages=0,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,26 @@ class Scored:
     greedy_logprobs: list[float]
 
 
+class Float8Cache(DynamicCache):
+    """Keys and values are rounded to float8 before anything attends to them."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = (
+            x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype)
+            for x in (key_states, value_states)
+        )
+        return super().update(k, v, *args, **kwargs)
+
+
 class Oracle:
     """The base model and adapters, as transformers and PEFT compute them."""
 
-    def __init__(self, model_path: Path, adapters: dict[str, Path]) -> None:
+    def __init__(
+        self, model_path: Path, adapters: dict[str, Path], float8_kv: bool = False
+    ) -> None:
+        self._make_cache = Float8Cache if float8_kv else DynamicCache
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
         self.model = model.eval()
         for name, path in adapters.items():
@@ -51,7 +67,9 @@ class Oracle:
         """One forward pass over prompt and output. If greedy_token_ids equals the output, then the
         output is exactly what greedy decoding by the oracle gives."""
         with self._adapter(adapter):
-            logits = self.model(torch.tensor([prompt + output[:-1]])).logits[0, len(prompt) - 1 :]
+            logits = self.model(
+                torch.tensor([prompt + output[:-1]]), past_key_values=self._make_cache()
+            ).logits[0, len(prompt) - 1 :]
         logprobs = logits.float().log_softmax(-1)
         return Scored(
             greedy_token_ids=logits.argmax(-1).tolist(),
