@@ -156,12 +156,19 @@ class DecodeBench:
         adapters: dict[int, list[Path]],
     ) -> None:
         """bandwidth: bytes a second. adapters: directories by rank."""
-        from loraplex.engine.models.config import read_model_config, resolve_dtype
+        from loraplex.engine.models.config import (
+            read_model_config,
+            resolve_dtype,
+            resolve_kv_dtype,
+        )
         from loraplex.engine.models.locate import locate_model
 
         hf_config = read_model_config(locate_model(config.model))
-        itemsize = resolve_dtype(config.dtype, hf_config).itemsize
-        self.bytes = DecodeBytes.of_model(hf_config, itemsize, options.modules)
+        dtype = resolve_dtype(config.dtype, hf_config)
+        kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype)
+        self.bytes = DecodeBytes.of_model(
+            hf_config, dtype.itemsize, options.modules, kv_dtype.itemsize
+        )
         self.core, self.config, self.options = core, config, options
         self.bandwidth, self.adapters = bandwidth, adapters
         self.prompts = core_steps.Prompts(core.model_info.vocab_size)
@@ -237,7 +244,10 @@ class DecodeBench:
             return f"requests grow to {length} tokens, and max_model_len is {most}"
         of_adapters = 0
         if num_adapters:
-            options = {"dtype": self.config.dtype, "block_size": self.config.block_size}
+            options = {
+                name: getattr(self.config, name)
+                for name in ("dtype", "kv_cache_dtype", "block_size")
+            }
             size, _ = offline.adapter_size(self.config.model, options, rank, self.options.modules)
             of_adapters = num_adapters * size
         # And one for each to grow by, without which the scheduler admits nobody.

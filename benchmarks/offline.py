@@ -244,7 +244,9 @@ def adapter_size(
     from loraplex.lora.image import image_num_pages
 
     config = EngineConfig.from_options(**engine_options)
-    spec, page_bytes = lora_spec(model, None, config.dtype, config.block_size)
+    spec, page_bytes = lora_spec(
+        model, None, config.dtype, config.block_size, config.kv_cache_dtype
+    )
     itemsize = resolve_dtype(config.dtype, read_model_config(locate_model(model))).itemsize
     ranks = {
         (layer, module_id): rank

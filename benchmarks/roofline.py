@@ -26,9 +26,14 @@ class DecodeBytes:
 
     @classmethod
     def of_model(
-        cls, hf_config: Any, dtype_bytes: int, modules: Collection[str] | None = None
+        cls,
+        hf_config: Any,
+        dtype_bytes: int,
+        modules: Collection[str] | None = None,
+        kv_dtype_bytes: int | None = None,
     ) -> DecodeBytes:
-        """modules: the names of those that adapters target; None is all."""
+        """modules: the names of those that adapters target; None is all. kv_dtype_bytes: of an
+        element of K and V; None is dtype_bytes."""
         # Imported late: it brings torch.
         from loraplex.engine.models.config import head_dim
         from loraplex.engine.models.registry import base_model_spec
@@ -40,7 +45,7 @@ class DecodeBytes:
         return cls(
             weights=dtype_bytes * (spec.num_layers * layer + head),
             rank=dtype_bytes * rank_elements(spec, modules),
-            kv_token=dtype_bytes * spec.num_layers * kv_elements,
+            kv_token=(kv_dtype_bytes or dtype_bytes) * spec.num_layers * kv_elements,
         )
 
     def step(self, batch: int, num_adapters: int, rank: int, context: float) -> float:

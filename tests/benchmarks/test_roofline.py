@@ -23,6 +23,8 @@ def test_bytes_of_llama_3_8b(llama):
     attention = DecodeBytes.of_model(llama, 2, ["q_proj", "k_proj", "v_proj", "o_proj"])
     assert attention.rank == 2 * 32 * 26624
     assert DecodeBytes.of_model(llama, 4).weights == 2 * needs.weights
+    float8 = DecodeBytes.of_model(llama, 2, kv_dtype_bytes=1)
+    assert (float8.weights, float8.kv_token) == (needs.weights, 64 << 10)
 
 
 @pytest.mark.parametrize(
