@@ -111,6 +111,36 @@ def plot_decode(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Pa
     return path
 
 
+def plot_eviction(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Path | None:
+    """Saturated throughput and loaded times to first token, a group of bars for each workload and
+    in it one for each kind of memory; rows as eviction.py writes them."""
+    panels = [
+        ("saturated", "tokens_per_second", "tokens/s, saturated", "linear"),
+        ("loaded", "ttft_mean_ms", "mean TTFT (ms), loaded", "log"),
+        ("loaded", "ttft_p99_ms", "p99 TTFT (ms), loaded", "log"),
+    ]
+    figure = _new_figure(5 * len(panels), 4)
+    if figure is None:
+        return None
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    memories = list(dict.fromkeys(row["memory"] for row in rows))
+    width = 0.8 / len(memories)
+    for axes, (load, key, label, scale) in zip(
+        figure.subplots(1, len(panels)), panels, strict=True
+    ):
+        for index, memory in enumerate(memories):
+            of = {r["workload"]: r[key] for r in rows if (r["load"], r["memory"]) == (load, memory)}
+            places = np.arange(len(workloads)) + (index - (len(memories) - 1) / 2) * width
+            axes.bar(places, [of[name] for name in workloads], width, label=memory)
+        axes.set_xticks(range(len(workloads)), workloads)
+        axes.set(title=label, yscale=scale)
+        axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    return path
+
+
 def _new_figure(width: float, height: float) -> Any:
     """A figure in inches, or None without matplotlib, which a line says."""
     try:

@@ -13,7 +13,6 @@ before that step begins, as a rule: so many pages a step.
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict
 from concurrent.futures import Future
 from hashlib import blake2b
 from typing import Protocol
@@ -21,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from loraplex.engine.page_pool import Candidate, PagePool, PageState
+from loraplex.engine.page_pool import PagePool, PageState
 from loraplex.engine.request import LoRARequest
 
 
@@ -68,6 +67,7 @@ class Adapter:
         "max_rank",
         "module_mask",
         "num_users",
+        "num_uses",
         "page_table",
         "pages",
         "residency",
@@ -87,6 +87,8 @@ class Adapter:
         self.module_mask = 0
         self.num_users = 0
         """Running requests that use it."""
+        self.num_uses = 0
+        """Requests that used it so far."""
         self.copy: Future[None] | None = None
 
 
@@ -96,24 +98,22 @@ class AdapterManager:
     def __init__(
         self, pool: PagePool, store: AdapterStore, restore_cost: float, num_awaited_pages: int
     ) -> None:
-        """restore_cost: cost of copying one page in from the host (see Candidate).
+        """restore_cost: cost of copying one page in from the host (see Kind).
 
         num_awaited_pages: pages that a step may wait for to be copied.
         """
         self._pool = pool
         self._store = store
-        self._restore_cost = restore_cost
+        self._lender = pool.add_lender(self)
+        self._kind = pool.policy.add_kind(restore_cost)
         self._num_awaited_pages = num_awaited_pages
         # What is left of those for the next step.
         self._num_awaitable = num_awaited_pages
         self._adapters: dict[tuple[str, str], Adapter] = {}
         self._num_created = 0
-        # Resident adapters without a user, least recently used first: -> clock of last use.
-        self._idle: OrderedDict[Adapter, int] = OrderedDict()
         self._copying: list[Adapter] = []
         self.num_loads = 0
         self.num_evictions = 0
-        pool.add_lender(self)
 
     def resolve(self, lora_request: LoRARequest) -> Adapter:
         """The adapter version that this name and path mean now; begins to read a new one."""
@@ -185,32 +185,29 @@ class AdapterManager:
 
     def _make_resident(self, adapter: Adapter) -> None:
         adapter.residency = Residency.RESIDENT
-        self._lend(adapter)
+        self._lend(adapter, self._pool.policy.rank_awaited())
 
     def acquire(self, adapter: Adapter) -> None:
         """Count one more running request that uses a resident adapter."""
         assert adapter.residency is Residency.RESIDENT
         if adapter.num_users == 0:
-            del self._idle[adapter]
+            self._pool.take_back(adapter)
             self._pool.set_state(adapter.pages, PageState.ADAPTER)
         adapter.num_users += 1
 
     def release(self, adapter: Adapter) -> None:
+        policy = self._pool.policy
         adapter.num_users -= 1
+        adapter.num_uses += 1
+        policy.record_use(self._kind, adapter.num_uses, len(adapter.pages))
         if adapter.num_users == 0:
-            self._lend(adapter)
+            self._lend(adapter, policy.rank(self._kind, adapter.num_uses))
 
-    def _lend(self, adapter: Adapter) -> None:
-        self._idle[adapter] = self._pool.clock
+    def _lend(self, adapter: Adapter, rank: float) -> None:
+        self._pool.lend(adapter, rank, self._lender)
         self._pool.set_state(adapter.pages, PageState.ADAPTER_IDLE)
 
-    def peek_reclaimable(self) -> Candidate | None:
-        if not self._idle:
-            return None
-        return Candidate(next(iter(self._idle.values())), self._restore_cost)
-
-    def reclaim(self) -> list[int]:
-        adapter, _ = self._idle.popitem(last=False)
+    def reclaim(self, adapter: Adapter) -> list[int]:
         pages, adapter.pages = adapter.pages, []
         adapter.page_table = np.empty(0, np.int32)
         adapter.residency = Residency.ABSENT
@@ -229,7 +226,7 @@ class AdapterManager:
             assert owned.isdisjoint(adapter.pages)
             owned.update(adapter.pages)
             is_idle = adapter.residency is Residency.RESIDENT and adapter.num_users == 0
-            assert is_idle == (adapter in self._idle)
+            assert is_idle == self._pool.is_lent(adapter)
             expected = PageState.ADAPTER_IDLE if is_idle else PageState.ADAPTER
             assert all(self._pool.state(page) is expected for page in adapter.pages)
         states = PageState.ADAPTER, PageState.ADAPTER_IDLE

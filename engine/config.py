@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from loraplex.engine.eviction import POLICIES
+
 GIB = 1 << 30
 
 
@@ -61,6 +63,12 @@ class EngineConfig:
         "CPU, pool_bytes sizes the pool.",
     )
     enable_prefix_caching: bool = option(True, "Reuse the KV cache of prompts that begin alike.")
+    eviction_policy: str = option(
+        "cost_aware",
+        "What goes first when memory lacks, of idle adapters and cached KV: cost_aware (what is "
+        "cheapest to bring back, times how likely it is used again) or lru (what was used least "
+        "recently).",
+    )
     adapter_affinity_tokens: int = option(
         256,
         "How many tokens of service an adapter that is in the pool may be ahead of one that is "
@@ -95,6 +103,7 @@ class EngineConfig:
             "load_format": ("auto", "dummy"),
             "device": ("auto", "cpu", "cuda"),
             "attention_backend": ("auto", "flashinfer", "native", "reference", "sdpa"),
+            "eviction_policy": tuple(POLICIES),
             "tensor_parallel_size": (1,),
             "quantization": (None,),
         }

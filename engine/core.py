@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from loraplex.engine.adapter_manager import AdapterManager, AdapterStore
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.eviction import POLICIES, EvictionPolicy
 from loraplex.engine.input_batch import InputBatch
 from loraplex.engine.kv_manager import KVManager
 from loraplex.engine.page_pool import PagePool, PageState
@@ -20,10 +21,12 @@ from loraplex.engine.request import EngineOutput, EngineRequest, ModelInfo, Requ
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.step import PendingStep, StepBatch
 
-# What a lent page costs to bring back, relative to one copied in from host memory: computing
-# 16 tokens again takes some hundred times as long as copying as many bytes, on CPUs and GPUs.
+# What a lent page costs to bring back, relative to one copied in from host memory. Computing 16
+# tokens again takes eight times as long as copying as many bytes with Llama-3-8B on an H100, and
+# some hundred times on CPUs; but a load has fixed costs, too. Between 2 and 8 throughput is the
+# same (docs/performance.md), and the lower it is the less adapters are loaded.
 ADAPTER_RESTORE_COST = 1.0
-KV_RESTORE_COST = 100.0
+KV_RESTORE_COST = 4.0
 
 STATE_NAMES = {
     PageState.FREE: "pages_free",
@@ -61,6 +64,7 @@ class Device(Protocol):
 
 
 DeviceBuilder = Callable[[EngineConfig, Callable[[], None]], Device]
+PoolMaker = Callable[[int, EvictionPolicy], PagePool]
 
 
 def build_device(config: EngineConfig, wake: Callable[[], None]) -> Device:
@@ -73,7 +77,12 @@ def build_device(config: EngineConfig, wake: Callable[[], None]) -> Device:
 class EngineCore:
     """Schedules, launches and updates, step by step. One thread calls it."""
 
-    def __init__(self, config: EngineConfig, build: DeviceBuilder = build_device) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        build: DeviceBuilder = build_device,
+        make_pool: PoolMaker = PagePool,
+    ) -> None:
         self._wake = threading.Event()
         self._device = build(config, self._wake.set)
         self.model_info = self._device.model_info
@@ -84,7 +93,8 @@ class EngineCore:
                 f"{num_blocks} pages of {self._device.page_bytes} bytes, and the pool has "
                 f"{self._device.num_pages - 1}: lower it or raise pool_bytes"
             )
-        self._pool = PagePool(self._device.num_pages)
+        num_pages = self._device.num_pages
+        self._pool = make_pool(num_pages, POLICIES[config.eviction_policy](num_pages))
         self._kv = KVManager(
             self._pool, config.block_size, config.enable_prefix_caching, KV_RESTORE_COST
         )

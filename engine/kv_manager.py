@@ -7,10 +7,10 @@ adapter version that computed them, so that KV of one adapter can never serve an
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from hashlib import blake2b
 
-from loraplex.engine.page_pool import Candidate, PagePool, PageState
+from loraplex.engine.page_pool import PagePool, PageState
 from loraplex.engine.request import Request
 
 BlockHash = bytes
@@ -27,17 +27,19 @@ class KVManager:
     def __init__(
         self, pool: PagePool, block_size: int, enable_prefix_caching: bool, restore_cost: float
     ) -> None:
-        """restore_cost: cost of computing the tokens of one block again (see Candidate)."""
+        """restore_cost: cost of computing the tokens of one block again (see Kind)."""
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._pool = pool
-        self._restore_cost = restore_cost
+        self._lender = pool.add_lender(self)
+        self._kind = pool.policy.add_kind(restore_cost)
         self._num_users = [0] * pool.num_pages
         self._page_of: dict[BlockHash, int] = {}
         self._hash_of: dict[int, BlockHash] = {}
-        # Cached blocks without a user, least recently used first: page -> clock of last use.
-        self._lent: OrderedDict[int, int] = OrderedDict()
-        pool.add_lender(self)
+        self._num_uses = [0] * pool.num_pages  # Requests that used the page's block so far.
+        # The same of blocks that were reclaimed, oldest first: who computes one again goes on
+        # from there.
+        self._past_uses: OrderedDict[BlockHash, int] = OrderedDict()
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -56,7 +58,7 @@ class KVManager:
 
     def num_pages_needed(self, prefix: list[int], num_tokens: int) -> int:
         """Pages that must come out of `num_available` to run `num_tokens` tokens on that prefix."""
-        num_lent = sum(page in self._lent for page in prefix)
+        num_lent = sum(self._num_users[page] == 0 for page in prefix)
         return self.num_blocks_for(num_tokens) - len(prefix) + num_lent
 
     def take_prefix(self, request: Request, prefix: list[int]) -> None:
@@ -64,7 +66,7 @@ class KVManager:
         assert not request.block_table
         for page in prefix:
             if self._num_users[page] == 0:
-                del self._lent[page]
+                self._pool.take_back(page)
                 self._pool.set_state([page], PageState.KV)
             self._num_users[page] += 1
         request.block_table.extend(prefix)
@@ -99,6 +101,7 @@ class KVManager:
             if block_hash not in self._page_of:
                 self._page_of[block_hash] = page
                 self._hash_of[page] = block_hash
+                self._num_uses[page] = self._past_uses.pop(block_hash, 0)
         request.num_keyed_blocks = num_full
 
     def release(self, request: Request) -> None:
@@ -106,30 +109,38 @@ class KVManager:
 
         Steps in flight may still write to them: whoever gets them writes behind those.
         """
-        freed = []
+        pool, policy, kind = self._pool, self._pool.policy, self._kind
+        num_users, num_uses = self._num_users, self._num_uses
+        keyed = [page for page in reversed(request.block_table) if page in self._hash_of]
+        for page in keyed:
+            num_uses[page] += 1
+        counts = Counter(map(num_uses.__getitem__, keyed))
+        for uses, num_pages in counts.items():
+            policy.record_use(kind, uses, num_pages)
+        ranks = {uses: policy.rank(kind, uses) for uses in counts}
+        cached, freed = [], []
         # The tail first, so that it is reclaimed before the head, which more prompts share.
         for page in reversed(request.block_table):
-            self._num_users[page] -= 1
-            if self._num_users[page] > 0:
+            num_users[page] -= 1
+            if num_users[page] > 0:
                 continue
             if page in self._hash_of:
-                self._lent[page] = self._pool.clock
-                self._pool.set_state([page], PageState.KV_CACHED)
+                pool.lend(page, ranks[num_uses[page]], self._lender)
+                cached.append(page)
             else:
                 freed.append(page)
-        self._pool.free(freed)
+        pool.set_state(cached, PageState.KV_CACHED)
+        pool.free(freed)
         request.block_table.clear()
         request.num_computed_tokens = 0
         request.num_keyed_blocks = 0
 
-    def peek_reclaimable(self) -> Candidate | None:
-        if not self._lent:
-            return None
-        return Candidate(next(iter(self._lent.values())), self._restore_cost)
-
-    def reclaim(self) -> list[int]:
-        page, _ = self._lent.popitem(last=False)
-        del self._page_of[self._hash_of.pop(page)]
+    def reclaim(self, page: int) -> list[int]:
+        block_hash = self._hash_of.pop(page)
+        del self._page_of[block_hash]
+        self._past_uses[block_hash] = self._num_uses[page]
+        if len(self._past_uses) > self._pool.num_pages:
+            self._past_uses.popitem(last=False)
         return [page]
 
     def _hashes(self, request: Request, num_blocks: int) -> list[BlockHash]:
@@ -151,6 +162,7 @@ class KVManager:
         for page in range(1, self._pool.num_pages):
             state = self._pool.state(page)
             assert (state is PageState.KV) == (users[page] > 0), page
-            assert (state is PageState.KV_CACHED) == (page in self._lent), page
-        assert self._lent.keys() <= self._hash_of.keys()
+            assert (state is PageState.KV_CACHED) == self._pool.is_lent(page), page
+            assert state is not PageState.KV_CACHED or page in self._hash_of, page
+        assert self._past_uses.keys().isdisjoint(self._page_of)
         assert {h: p for p, h in self._hash_of.items()} == self._page_of

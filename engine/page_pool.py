@@ -14,8 +14,9 @@ Page 0 is scratch and in no state: padded slots write there.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Hashable, Sequence
+
+from loraplex.engine.eviction import LRU, EvictionPolicy, Lender, LentItems
 
 
 class PageState(enum.IntEnum):
@@ -29,56 +30,30 @@ class PageState(enum.IntEnum):
 IN_USE = PageState.KV, PageState.ADAPTER
 
 
-class Candidate(NamedTuple):
-    """The pages a lender would give back next, as the policy sees them."""
-
-    last_used: int
-    """The pool's clock when they were last used."""
-    restore_cost: float
-    """Cost to bring them back, per page; only ratios between lenders matter."""
-
-
-class Lender(Protocol):
-    """A client of the pool that keeps unused pages for later and gives them back when asked."""
-
-    def peek_reclaimable(self) -> Candidate | None:
-        """What `reclaim` would give back next; None if there is nothing."""
-
-    def reclaim(self) -> list[int]:
-        """Forget the candidate and return its pages, at least one."""
-
-
-class CostAwareLRU:
-    """Reclaim what is cheapest to bring back for how soon it is likely wanted again.
-
-    The longer something has not been used, the longer it will likely go on so: the cost of losing
-    a page is restore_cost / idle time, and the lowest goes first.
-    """
-
-    def loss(self, candidate: Candidate, now: int) -> float:
-        return candidate.restore_cost / (now - candidate.last_used + 1)
-
-
 class PagePool:
     """The free list and the state of every page."""
 
-    def __init__(self, num_pages: int, policy: CostAwareLRU | None = None) -> None:
+    def __init__(self, num_pages: int, policy: EvictionPolicy | None = None) -> None:
+        """policy: of what is lent; least recently used first, if none is given."""
         if num_pages < 2:
             raise ValueError(
                 f"num_pages={num_pages} is not allowed: page 0 is scratch, so 2 or more"
             )
         self.num_pages = num_pages
         self.clock = 0
-        self._policy = policy or CostAwareLRU()
+        self.policy: EvictionPolicy = policy or LRU(num_pages)
         self._free = list(range(num_pages - 1, 0, -1))
         self._states = bytearray(num_pages)
         self._last_used = [-1] * num_pages  # The clock when a page that was in use was given up.
         self._counts = [0] * len(PageState)
         self._counts[PageState.FREE] = num_pages - 1
         self._lenders: list[Lender] = []
+        self._lent = LentItems()
 
-    def add_lender(self, lender: Lender) -> None:
+    def add_lender(self, lender: Lender) -> int:
+        """Its number, by which it lends."""
         self._lenders.append(lender)
+        return len(self._lenders) - 1
 
     def count(self, state: PageState) -> int:
         return self._counts[state]
@@ -102,7 +77,7 @@ class PagePool:
         if num_pages > self.num_available:
             return None
         while len(self._free) < num_pages:
-            self._reclaim_cheapest()
+            self._reclaim(self._lent)
         pages = [self._free.pop() for _ in range(num_pages)]
         self.set_state(pages, state)
         return pages
@@ -128,11 +103,26 @@ class PagePool:
         """The clock when the last of these was given up by who used it; -1 if all are new."""
         return max(self._last_used[page] for page in pages)
 
-    def _reclaim_cheapest(self) -> None:
-        offers = [(c, lender) for lender in self._lenders if (c := lender.peek_reclaimable())]
-        assert offers, "pages are lent, but no lender gives one back"
-        _, lender = min(offers, key=lambda offer: self._policy.loss(offer[0], self.clock))
-        self.free(lender.reclaim())
+    def lend(self, item: Hashable, rank: float, lender: int) -> None:
+        """The item's pages, whose state says so, may be reclaimed from now on.
+
+        item: what the lender knows them by. rank: by the policy. lender: its number.
+        """
+        self._lent.add(item, rank, lender)
+
+    def take_back(self, item: Hashable) -> None:
+        """The item is in use again."""
+        self._lent.take(item)
+
+    def is_lent(self, item: Hashable) -> bool:
+        return item in self._lent
+
+    def _reclaim(self, lent: LentItems) -> None:
+        """Free the pages of the lowest item."""
+        item, lender = lent.pop()
+        pages = self._lenders[lender].reclaim(item)
+        self.policy.record_reclaimed(len(pages))
+        self.free(pages)
 
     def check_integrity(self) -> None:
         """The states sum to the total, and the free list is exactly the free pages."""

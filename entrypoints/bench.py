@@ -11,6 +11,7 @@ BENCHMARKS = {
     "serve": "Latency of an OpenAI-compatible server under traffic that does not wait for it.",
     "decode": "The time of a decode step by batch, adapters and rank against its floor.",
     "cold": "What requests to adapters in host memory cost themselves and those that run.",
+    "eviction": "What to evict: policies and fixed splits, on a simulated H100.",
     "kernels": "The kernels against what this machine's memory and arithmetic allow.",
 }
 EXAMPLES = """\
@@ -27,6 +28,8 @@ examples:
       the whole engine; without flags, the whole grid
   loraplex bench cold --shape llama-3-8b --num-running 64 --num-cold 100 --rate 20
       gaps between tokens and times to first token, adapters cold and warm
+  loraplex bench eviction --workloads chat scan --seeds 1
+      the real scheduler and pool on a simulated device; needs neither a GPU nor a model
   loraplex bench kernels
       the GPU's where there is one, else the CPU's
 

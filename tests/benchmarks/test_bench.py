@@ -19,7 +19,7 @@ from loraplex.entrypoints.cli import main
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
     "offline.py", "serve.py", "synthetic_adapters.py", "decode_step.py", "cold_adapters.py",
-    "gpu_kernels.py", "cpu_kernels.py",
+    "gpu_kernels.py", "cpu_kernels.py", "eviction.py",
 ]  # fmt: skip
 RUN = """
 import sys
@@ -39,6 +39,7 @@ finally:
         (["serve"], ["usage: loraplex bench serve [flags] [-- flags", "--slo-ttft", "--cv"]),
         (["decode"], ["usage: loraplex bench decode", "--batch", "--bandwidth"]),
         (["cold"], ["usage: loraplex bench cold", "--num-running", "--rate"]),
+        (["eviction"], ["usage: loraplex bench eviction", "--workloads", "--splits"]),
     ],
 )
 def test_help_is_quick_and_names_the_flags(flags, words):

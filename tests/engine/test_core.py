@@ -14,6 +14,7 @@ from fake_device import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex.engine.eviction import POLICIES
 from loraplex.engine.request import EngineOutput, EngineRequest, FinishReason, RequestError, Service
 
 
@@ -178,6 +179,7 @@ def test_any_workload_ends_with_the_right_tokens(data, steps_ahead: int):
         max_num_batched_tokens=data.draw(st.integers(6, 20), "max_num_batched_tokens"),
         enable_prefix_caching=data.draw(st.booleans(), "enable_prefix_caching"),
         adapter_affinity_tokens=data.draw(st.sampled_from([0, 5, 100]), "affinity"),
+        eviction_policy=data.draw(st.sampled_from(sorted(POLICIES)), "eviction_policy"),
     )
     # Ids are used again after an abort: each id has had these requests, one after the other.
     requests: dict[str, list[EngineRequest]] = {}

@@ -6,6 +6,7 @@ import pytest
 from fake_device import make_request
 
 from loraplex.engine.adapter_manager import Adapter
+from loraplex.engine.eviction import CostAware
 from loraplex.engine.kv_manager import KVManager
 from loraplex.engine.page_pool import PagePool, PageState
 from loraplex.engine.request import LoRARequest, Request
@@ -19,6 +20,15 @@ def start(kv: KVManager, prompt, adapter: Adapter | None = None) -> Request:
     request.num_computed_tokens = request.num_tokens
     kv.key_computed_blocks(request)
     return request
+
+
+def reclaim(pool: PagePool, num_pages: int) -> list[int]:
+    """Fill the pool, and so many pages more: those, in the order in which they were given back."""
+    pages = []
+    assert pool.allocate(pool.count(PageState.FREE), PageState.KV) is not None
+    for _ in range(num_pages):
+        pages += pool.allocate(1, PageState.KV) or []
+    return pages
 
 
 @pytest.fixture
@@ -52,7 +62,7 @@ def test_the_tail_of_the_least_recently_used_prefix_is_reclaimed_first(pool, kv)
     kv.release(old)
     pool.clock += 1
     kv.release(new)
-    assert [kv.reclaim()[0] for _ in range(4)] == [2, 1, 4, 3]
+    assert reclaim(pool, 4) == [2, 1, 4, 3]
 
 
 def test_a_hit_makes_a_prefix_young_again(pool, kv):
@@ -62,7 +72,7 @@ def test_a_hit_makes_a_prefix_young_again(pool, kv):
     again = start(kv, range(9))
     assert again.block_table[:2] == [1, 2]
     kv.release(again)
-    assert [kv.reclaim()[0] for _ in range(4)] == [4, 3, 2, 1]
+    assert reclaim(pool, 4) == [4, 3, 2, 1]
 
 
 def test_two_computed_the_same_block_and_one_of_them_stays_private(pool, kv):
@@ -90,3 +100,15 @@ def test_growing_beyond_the_pool_changes_nothing(pool, kv):
     assert not kv.grow(request, 41)
     assert len(request.block_table) == 8
     kv.check_integrity([request])
+
+
+def test_a_block_that_is_computed_again_goes_on_counting_its_uses():
+    pool = PagePool(4, CostAware(4))
+    kv = KVManager(pool, block_size=4, enable_prefix_caching=True, restore_cost=1.0)
+    for _ in range(2):
+        kv.release(start(kv, range(4)))
+        pool.free(pool.allocate(3, PageState.KV) or [])  # Takes its page.
+        assert kv.find_prefix(Request(make_request("r", range(5), 8), None)) == []
+    kv.release(start(kv, range(4)))
+    assert [kv._num_uses[page] for page in kv._hash_of] == [3]
+    kv.check_integrity([])

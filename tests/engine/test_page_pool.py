@@ -2,29 +2,29 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex.engine.page_pool import Candidate, CostAwareLRU, PagePool, PageState
+from loraplex.engine.page_pool import PagePool, PageState
 
 
 class FakeLender:
-    """Lends single pages of one state, oldest first."""
+    """Lends single pages of one state by a rank."""
 
-    def __init__(self, pool: PagePool, state: PageState, restore_cost: float) -> None:
-        self.pool, self.state, self.restore_cost = pool, state, restore_cost
-        self.lent: list[tuple[int, int]] = []
-        pool.add_lender(self)
+    def __init__(self, pool: PagePool, state: PageState) -> None:
+        self.pool, self.state = pool, state
+        self.lent: list[int] = []
+        self.number = pool.add_lender(self)
 
-    def lend(self, num_pages: int, in_use: PageState) -> list[int]:
+    def lend(self, num_pages: int, in_use: PageState, rank: float = 0.0) -> list[int]:
         pages = self.pool.allocate(num_pages, in_use)
         assert pages is not None
         self.pool.set_state(pages, self.state)
-        self.lent += [(page, self.pool.clock) for page in pages]
+        for page in pages:
+            self.pool.lend(page, rank, self.number)
+        self.lent += pages
         return pages
 
-    def peek_reclaimable(self) -> Candidate | None:
-        return Candidate(self.lent[0][1], self.restore_cost) if self.lent else None
-
-    def reclaim(self) -> list[int]:
-        return [self.lent.pop(0)[0]]
+    def reclaim(self, item: int) -> list[int]:
+        self.lent.remove(item)
+        return [item]
 
 
 def test_pages_are_given_in_order_and_page_0_never():
@@ -39,34 +39,29 @@ def test_pages_are_given_in_order_and_page_0_never():
 
 def test_lent_pages_count_as_available_and_are_reclaimed_only_when_needed():
     pool = PagePool(6)
-    lender = FakeLender(pool, PageState.KV_CACHED, 1.0)
+    lender = FakeLender(pool, PageState.KV_CACHED)
     assert lender.lend(3, PageState.KV) == [1, 2, 3]
     assert pool.num_available == 5
     assert pool.allocate(2, PageState.KV) == [4, 5]
     assert len(lender.lent) == 3
     assert pool.allocate(2, PageState.KV) == [2, 1]
-    assert [page for page, _ in lender.lent] == [3]
+    assert lender.lent == [3]
     pool.check_integrity()
 
 
-def test_what_is_cheap_to_restore_goes_before_what_is_dear_unless_it_was_used_lately():
-    pool = PagePool(5)
-    kv = FakeLender(pool, PageState.KV_CACHED, restore_cost=100.0)
-    adapters = FakeLender(pool, PageState.ADAPTER_IDLE, restore_cost=1.0)
-    kv.lend(2, PageState.KV)
-    pool.clock = 50
-    adapters.lend(2, PageState.ADAPTER)
-    pool.clock = 51
-    pool.allocate(1, PageState.KV)
-    assert (len(kv.lent), len(adapters.lent)) == (2, 1)
-    assert CostAwareLRU().loss(Candidate(50, 1.0), 51) < CostAwareLRU().loss(
-        Candidate(0, 100.0), 51
-    )
-    # A thousand steps later, KV of long ago is worth less than an adapter used just now.
-    adapters.lent[0] = (adapters.lent[0][0], 1000)
-    pool.clock = 1000
-    pool.allocate(1, PageState.KV)
-    assert (len(kv.lent), len(adapters.lent)) == (1, 1)
+def test_the_lowest_rank_goes_first_whosever_it_is_and_what_is_taken_back_stays():
+    pool = PagePool(6)
+    kv = FakeLender(pool, PageState.KV_CACHED)
+    adapters = FakeLender(pool, PageState.ADAPTER_IDLE)
+    kv.lend(2, PageState.KV, rank=2.0)
+    adapters.lend(2, PageState.ADAPTER, rank=1.0)
+    assert kv.lend(1, PageState.KV, rank=0.0) == [5]
+    pool.take_back(3)
+    pool.set_state([3], PageState.ADAPTER)
+    assert not pool.is_lent(3)
+    assert pool.allocate(3, PageState.KV) == [1, 4, 5]
+    assert (kv.lent, adapters.lent) == ([2], [3])
+    assert pool.allocate(2, PageState.KV) is None
     pool.check_integrity()
 
 
