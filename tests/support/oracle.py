@@ -40,16 +40,22 @@ class Oracle:
     """The base model and adapters, as transformers and PEFT compute them."""
 
     def __init__(
-        self, model_path: Path, adapters: dict[str, Path], float8_kv: bool = False
+        self,
+        model_path: Path,
+        adapters: dict[str, Path],
+        float8_kv: bool = False,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._make_cache = Float8Cache if float8_kv else DynamicCache
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
         self.model = model.eval()
         for name, path in adapters.items():
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(str(path), adapter_name=name)
             else:
                 self.model = PeftModel.from_pretrained(model, str(path), adapter_name=name).eval()
+        self.model.to(device)
 
     @contextmanager
     def _adapter(self, name: str | None) -> Iterator[None]:
@@ -68,9 +74,10 @@ class Oracle:
         output is exactly what greedy decoding by the oracle gives."""
         with self._adapter(adapter):
             logits = self.model(
-                torch.tensor([prompt + output[:-1]]), past_key_values=self._make_cache()
+                torch.tensor([prompt + output[:-1]], device=self.model.device),
+                past_key_values=self._make_cache(),
             ).logits[0, len(prompt) - 1 :]
-        logprobs = logits.float().log_softmax(-1)
+        logprobs = logits.float().log_softmax(-1).cpu()
         return Scored(
             greedy_token_ids=logits.argmax(-1).tolist(),
             greedy_logprobs=logprobs.amax(-1).tolist(),
