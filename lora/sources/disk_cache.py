@@ -93,7 +93,8 @@ class DiskCache:
             lease = self.lease(identity)
             if lease is not None:
                 return lease
-            partial.mkdir(mode=0o700, exist_ok=True)
+            with suppress(FileExistsError):  # Another began, and may have ended by now.
+                partial.mkdir(mode=0o700)
             try:
                 lock = wait_for_lock(partial / LOCK, on_wait=on_wait)
             except FileNotFoundError:  # Another has made it an entry, or removed it.

@@ -1,4 +1,4 @@
-"""The embedded model with trained adapters on a CUDA device, against transformers and PEFT there."""
+"""The embedded model and trained adapters on a CUDA device, as transformers and PEFT see them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_float32_tokens_equal(cases, adapters, oracle):
         assert token_ids == expected, (name, len(prompt))
 
 
-def test_bfloat16_diverges_only_at_near_ties(cases, adapters, model_path, oracle):
+def test_bfloat16_diverges_only_at_near_ties(cases, adapters, model_path, oracle, record_property):
     """A near-tie: likelihoods as close as twice what bfloat16 makes of them in transformers."""
     results = generate(cases, adapters, dtype="bfloat16")
     rounded = Oracle(model_path, adapters, device="cuda", dtype=torch.bfloat16)
@@ -90,10 +90,9 @@ def test_bfloat16_diverges_only_at_near_ties(cases, adapters, model_path, oracle
             gaps.append(scored.greedy_logprobs[first] - scored.logprobs[first])
         of_rounded = rounded.score(prompt, token_ids, name).logprobs
         rounding_errors += [abs(a - b) for a, b in zip(scored.logprobs, of_rounded, strict=True)]
-    print(
-        f"{num_diverged} of {len(cases)} diverge, where the likelihoods (log) are at most "
-        f"{max(gaps, default=0.0):.4f} apart; rounding of transformers: {max(rounding_errors):.4f}"
-    )
+    record_property("num_diverged", num_diverged)
+    record_property("largest_gap", max(gaps, default=0.0))
+    record_property("largest_rounding_error", max(rounding_errors))
     assert max(gaps, default=0.0) <= 2 * max(rounding_errors)
     assert num_diverged < len(cases)
 
