@@ -97,6 +97,8 @@ def test_bfloat16_diverges_only_at_near_ties(cases, adapters, model_path, oracle
     assert num_diverged < len(cases)
 
 
-def test_graphs_and_batching_change_no_bfloat16_token(cases, adapters):
-    in_graphs = generate(cases, adapters, dtype="bfloat16")
-    assert generate(cases, adapters, dtype="bfloat16", enforce_eager=True) == in_graphs
+def test_graphs_change_no_float32_token(cases, adapters):
+    """In bfloat16 they may at near-ties: graphs pad batches, and products of other sizes round
+    differently."""
+    in_graphs = generate(cases, adapters, dtype="float32")
+    assert generate(cases, adapters, dtype="float32", enforce_eager=True) == in_graphs
