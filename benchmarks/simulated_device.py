@@ -15,6 +15,7 @@ import numpy as np
 from loraplex.benchmarks.workloads import LLAMA_3_VOCAB_SIZE
 from loraplex.engine.request import ModelInfo
 from loraplex.engine.step import StepBatch, StepResult
+from loraplex.lora.recipe import Recipe
 
 NUM_LAYERS, HIDDEN_SIZE = 32, 4096
 # Of adapters, that a step waits for to be copied: as loraplex.engine.device has it.
@@ -105,7 +106,7 @@ class SimulatedStore:
         self.step_may_begin = 0.0
         """When those end that the next step waits for."""
 
-    def num_pages(self, version: bytes, path: str) -> int:
+    def num_pages(self, version: bytes, recipe: Recipe) -> int:
         return self._device.costs.adapter_pages
 
     def max_rank(self, version: bytes) -> int:

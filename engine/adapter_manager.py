@@ -22,12 +22,13 @@ import numpy.typing as npt
 
 from loraplex.engine.page_pool import PagePool, PageState
 from loraplex.engine.request import LoRARequest
+from loraplex.lora.recipe import MergeRecipe, Recipe
 
 
 class AdapterStore(Protocol):
     """Images of adapters in host memory."""
 
-    def num_pages(self, version: bytes, path: str) -> int | None:
+    def num_pages(self, version: bytes, recipe: Recipe) -> int | None:
         """Pages of the image once it is in host memory; None while it is being read.
 
         Starts reading where nobody has yet. Raises ValueError if the adapter cannot be served.
@@ -70,13 +71,17 @@ class Adapter:
         "num_uses",
         "page_table",
         "pages",
+        "recipe",
         "residency",
         "sort_key",
         "version",
     )
 
-    def __init__(self, lora_request: LoRARequest, version: bytes, sort_key: int) -> None:
+    def __init__(
+        self, lora_request: LoRARequest, recipe: Recipe, version: bytes, sort_key: int
+    ) -> None:
         self.lora_request = lora_request
+        self.recipe = recipe
         self.version = version
         self.sort_key = sort_key
         """Rows of a batch are sorted by this, so that an adapter's rows are one segment."""
@@ -109,21 +114,24 @@ class AdapterManager:
         self._num_awaited_pages = num_awaited_pages
         # What is left of those for the next step.
         self._num_awaitable = num_awaited_pages
-        self._adapters: dict[tuple[str, str], Adapter] = {}
+        self._adapters: dict[tuple[str, Recipe], Adapter] = {}
         self._num_created = 0
         self._copying: list[Adapter] = []
         self.num_loads = 0
         self.num_evictions = 0
 
     def resolve(self, lora_request: LoRARequest) -> Adapter:
-        """The adapter version that this name and path mean now; begins to read a new one."""
-        key = lora_request.lora_name, lora_request.lora_path
+        """The adapter version that this request means now; begins to read a new one."""
+        paths = tuple(part.lora_path for part in lora_request.parts)
+        merge = lora_request.merge
+        recipe: Recipe = paths[0] if merge is None else MergeRecipe(paths, merge)
+        key = lora_request.lora_name, recipe
         adapter = self._adapters.get(key)
         if adapter is None:
-            fingerprint = self._store.fingerprint(lora_request.lora_path)
-            text = "\0".join((*key, fingerprint))
+            fingerprints = map(self._store.fingerprint, paths)
+            text = "\0".join((lora_request.lora_name, repr(recipe), *fingerprints))
             version = blake2b(text.encode(), digest_size=16).digest()
-            adapter = Adapter(lora_request, version, self._num_created)
+            adapter = Adapter(lora_request, recipe, version, self._num_created)
             self._num_created += 1
             self._adapters[key] = adapter
         return adapter
@@ -132,7 +140,7 @@ class AdapterManager:
         """Have the image read into host memory, if it is not there; errors wait for `num_pages`."""
         if adapter.residency is Residency.ABSENT:
             try:
-                self._store.num_pages(adapter.version, adapter.lora_request.lora_path)
+                self._store.num_pages(adapter.version, adapter.recipe)
             except ValueError:
                 return
 
@@ -140,7 +148,7 @@ class AdapterManager:
         """Pages the adapter takes; None while it is read. Raises ValueError if it can't be."""
         if adapter.residency is not Residency.ABSENT:
             return len(adapter.pages)
-        return self._store.num_pages(adapter.version, adapter.lora_request.lora_path)
+        return self._store.num_pages(adapter.version, adapter.recipe)
 
     def start_copy(self, adapter: Adapter, num_pages: int) -> bool | None:
         """Take pages for an adapter in host memory and begin to fill them; False if none left.

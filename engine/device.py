@@ -27,6 +27,7 @@ from loraplex.engine.request import ModelInfo
 from loraplex.engine.tokenizer import read_eos_token_ids
 from loraplex.lora.host_store import HostAdapterStore
 from loraplex.lora.peft_config import adapter_fingerprint
+from loraplex.lora.recipe import Recipe
 from loraplex.lora.spec import BaseModelSpec
 
 MAX_DEFAULT_POOL_BYTES = 4 * GIB
@@ -46,8 +47,8 @@ class PooledAdapters:
         self._store = store
         self._memory = memory
 
-    def num_pages(self, version: bytes, path: str) -> int | None:
-        image = self._store.get(version, path)
+    def num_pages(self, version: bytes, recipe: Recipe) -> int | None:
+        image = self._store.get(version, recipe)
         return None if image is None else image.num_pages
 
     def max_rank(self, version: bytes) -> int:

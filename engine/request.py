@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from loraplex.engine.sampling_params import SamplingParams
+from loraplex.lora.recipe import Merge
 
 if TYPE_CHECKING:
     from loraplex.engine.adapter_manager import Adapter
@@ -18,19 +19,76 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRARequest:
-    """Names an adapter: the name is what users and metrics see, the path where it is read from."""
+    """Names an adapter: the name is what users and metrics see, the path where it is read from.
+
+    Several adapters may be used as one, by merged_adapters instead of a path.
+    Raises ValueError naming the field, its value and what is allowed.
+    """
 
     lora_name: str
     lora_path: str = ""
+    merged_adapters: MergedAdapters | None = None
+    scale: float = 1.0
+    """What the adapter adds to the base model is multiplied by this. An adapter of another scale
+    takes memory of its own."""
 
     def __post_init__(self) -> None:
         if not self.lora_name:
             raise ValueError("lora_name='' is not allowed: an adapter needs a name")
-        if not self.lora_path:
+        if bool(self.lora_path) == (self.merged_adapters is not None):
             raise ValueError(
                 f"lora_path={self.lora_path!r} of adapter {self.lora_name!r} is not allowed: "
-                "give the directory that holds adapter_config.json"
+                "give the directory that holds adapter_config.json, or else merged_adapters"
             )
+        if not math.isfinite(self.scale):
+            raise ValueError(
+                f"scale={self.scale} of adapter {self.lora_name!r} is not allowed: it must be a "
+                "finite number"
+            )
+
+    @property
+    def parts(self) -> tuple[LoRARequest, ...]:
+        """The adapters to read: itself, or those it merges."""
+        return (self,) if self.merged_adapters is None else self.merged_adapters.adapters
+
+    @property
+    def merge(self) -> Merge | None:
+        """What becomes of the parts, with the scale; None: the only one is taken as it is."""
+        if self.merged_adapters is not None:
+            return self.merged_adapters.scaled(self.scale)
+        return None if self.scale == 1 else Merge(weights=(self.scale,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedAdapters(Merge):
+    """Adapters that become one, as PEFT's add_weighted_adapter merges them."""
+
+    adapters: tuple[LoRARequest, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "adapters", tuple(self.adapters))
+        if len(self.adapters) != len(self.weights):
+            raise ValueError(
+                f"weights={self.weights} is not allowed: it must have one weight for each of the "
+                f"{len(self.adapters)} adapters"
+            )
+        for adapter in self.adapters:
+            if adapter.merge is not None:
+                raise ValueError(
+                    f"merged_adapters with {adapter.lora_name!r} is not allowed: an adapter that "
+                    "is merged must have scale=1 and merge none itself; use weights"
+                )
+
+    def scaled(self, scale: float) -> Merge:
+        """How the adapters are merged, for a multiple of the result."""
+        return Merge(
+            weights=tuple(scale * weight for weight in self.weights),
+            strategy=self.strategy,
+            density=self.density,
+            majority_sign_method=self.majority_sign_method,
+            seed=self.seed,
+        )
 
 
 class ModelInfo(msgspec.Struct, kw_only=True):

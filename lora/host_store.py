@@ -21,6 +21,7 @@ import torch
 
 from loraplex.lora.image import AdapterImage
 from loraplex.lora.loader import load_adapter
+from loraplex.lora.recipe import Recipe
 from loraplex.lora.spec import AdapterError, BaseModelSpec
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class HostAdapterStore:
         self._lock = Lock()
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
         self._failures: OrderedDict[Hashable, _Failure] = OrderedDict()
-        self._queue: OrderedDict[Hashable, str] = OrderedDict()  # key -> path
+        self._queue: OrderedDict[Hashable, Recipe] = OrderedDict()
         self._reading: set[Hashable] = set()
         self._num_bytes = 0
         self._full_until = 0.0  # Until then, or until a copy ends, no image can be dropped.
@@ -91,7 +92,7 @@ class HostAdapterStore:
         # Apart from the readers, so that what is ready never waits for what is not.
         self._copiers = ThreadPoolExecutor(1, "adapter-copier")
 
-    def get(self, key: Hashable, path: str) -> AdapterImage | None:
+    def get(self, key: Hashable, recipe: Recipe) -> AdapterImage | None:
         """The image; None while it is being read, which this begins where nobody has yet.
 
         Raises AdapterError if it could not be read, for retry_seconds after that.
@@ -106,7 +107,7 @@ class HostAdapterStore:
                 error = self._failures[key].error
                 raise AdapterError(str(error), error.status)
             if key not in self._reading:
-                self._queue.setdefault(key, path)
+                self._queue.setdefault(key, recipe)
             if self._can_read() and not self._has_room():
                 self._make_room()
             self._start_reads()
@@ -202,9 +203,9 @@ class HostAdapterStore:
     def _start_reads(self) -> None:
         """Read what waits, as threads and memory allow: one larger than all memory on its own."""
         while self._can_read() and (self._has_room() or not (self._held or self._reading)):
-            key, path = self._queue.popitem(last=False)
+            key, recipe = self._queue.popitem(last=False)
             self._reading.add(key)
-            self._readers.submit(self._read, key, path)
+            self._readers.submit(self._read, key, recipe)
 
     def _has_room(self) -> bool:
         """Whether what is being read, and one more, fit: an image's size is known when it is."""
@@ -237,18 +238,18 @@ class HostAdapterStore:
 
     # -- in the threads --------------------------------------------------------------------
 
-    def _read(self, key: Hashable, path: str) -> None:
+    def _read(self, key: Hashable, recipe: Recipe) -> None:
         start = time.monotonic()
         outcome: AdapterImage | AdapterError
         try:
-            outcome = load_adapter(path, self._spec, self._page_bytes, self._dtype)
+            outcome = load_adapter(recipe, self._spec, self._page_bytes, self._dtype)
             if torch.cuda.is_available():
                 outcome.pin()
         except AdapterError as error:
             outcome = error
         except Exception as error:
-            logger.exception("reading adapter %s failed", path)
-            outcome = AdapterError(f"adapter {path!r} could not be read: {error!r}", status=500)
+            logger.exception("reading adapter %s failed", recipe)
+            outcome = AdapterError(f"adapter {recipe!r} could not be read: {error!r}", status=500)
         end = time.monotonic()
         with self._lock:
             self._reading.discard(key)

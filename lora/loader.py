@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraplex.lora.image import AdapterImage, AdapterWeights, Place, allocate_pages, pack_image
+from loraplex.lora.merge import merge_adapters
 from loraplex.lora.peft_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -21,6 +22,7 @@ from loraplex.lora.peft_config import (
     adapter_fingerprint,
     read_peft_config,
 )
+from loraplex.lora.recipe import MergeRecipe, Recipe
 from loraplex.lora.spec import AdapterError, BaseModelSpec
 
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -49,29 +51,46 @@ class TargetedModule:
 
 
 def load_adapter(
-    path: str | Path, spec: BaseModelSpec, page_bytes: int, dtype: torch.dtype
+    recipe: Recipe | Path, spec: BaseModelSpec, page_bytes: int, dtype: torch.dtype
 ) -> AdapterImage:
-    """Read the PEFT adapter in a directory for a base model, into pages of page_bytes.
+    """Read the adapter that a recipe gives for a base model, into pages of page_bytes.
 
     The scaling goes into B, in fp32, before the one rounding to dtype.
     Raises AdapterError, naming the tensor or the setting, if any part of it cannot be served.
     """
+    if isinstance(recipe, MergeRecipe):
+        parts = [_read_part(path, spec, dtype) for path in recipe.paths]
+        weights = merge_adapters(parts, recipe.merge, spec, dtype)
+    else:
+        weights = read_adapter(str(recipe), spec, dtype)
+    return pack_image(weights, spec, page_bytes)
+
+
+def read_adapter(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterWeights:
+    """The tensors of the PEFT adapter in a directory, by place; see load_adapter."""
     directory = Path(path)
-    fingerprint = adapter_fingerprint(str(path))
+    fingerprint = adapter_fingerprint(path)
     config = read_peft_config(directory)
     weights = AdapterWeights({}, {}, dtype)
     with open_weights(directory) as file:
         modules = read_targeted_modules(file, config)
         places = [locate(module, spec) for module in modules]
         tensors = _read_tensors(directory / WEIGHTS_FILE)
-        for place, module in zip(places, modules, strict=True):
-            weights.a[place] = tensors(module.tensor_a)
-            weights.b[place] = tensors(module.tensor_b)
-            weights.scalings[place] = module.scaling
-    image = pack_image(weights, spec, page_bytes)
-    if adapter_fingerprint(str(path)) != fingerprint:
-        raise AdapterError(f"the files in {str(directory)!r} changed while they were being read")
-    return image
+    for place, module in zip(places, modules, strict=True):
+        weights.a[place] = tensors(module.tensor_a)
+        weights.b[place] = tensors(module.tensor_b)
+        weights.scalings[place] = module.scaling
+    if adapter_fingerprint(path) != fingerprint:
+        raise AdapterError(f"the files in {path!r} changed while they were being read")
+    return weights
+
+
+def _read_part(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterWeights:
+    """As read_adapter does; errors say which of several adapters is to blame."""
+    try:
+        return read_adapter(path, spec, dtype)
+    except AdapterError as error:
+        raise AdapterError(f"adapter in {path!r}: {error}", error.status) from None
 
 
 def _read_tensors(path: Path) -> Callable[[str], torch.Tensor]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -32,45 +31,10 @@ import torch
 
 from loraplex.lora.image import AdapterWeights
 from loraplex.lora.plan import MAX_RANK
+from loraplex.lora.recipe import Merge
 from loraplex.lora.spec import AdapterError, BaseModelSpec
 
-STRATEGIES = ("linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-MAJORITY_SIGN_METHODS = ("total", "frequency")
-
 Matrix = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Merge:
-    """How adapters are merged. Raises ValueError naming the field, its value and what is allowed.
-
-    As in PEFT, a field that the strategy has no use for (see above) changes nothing.
-    """
-
-    weights: tuple[float, ...]
-    """One for each adapter, of either sign."""
-    strategy: str = "linear"
-    density: float = 1.0
-    """Which part of the entries pruning keeps, above 0; 1: all."""
-    majority_sign_method: str = "total"
-    seed: int = 0
-    """Decides which entries the dare strategies keep: the same seed, the same result."""
-
-    def __post_init__(self) -> None:
-        are_finite = bool(self.weights) and all(map(math.isfinite, self.weights))
-        _check("weights", self.weights, are_finite, "finite numbers, one for each adapter")
-        _check("strategy", self.strategy, self.strategy in STRATEGIES, f"one of {STRATEGIES}")
-        is_density = 0 < self.density <= 1
-        _check("density", self.density, is_density, "above 0 and at most 1")
-        method = self.majority_sign_method
-        is_method = method in MAJORITY_SIGN_METHODS
-        _check("majority_sign_method", method, is_method, f"one of {MAJORITY_SIGN_METHODS}")
-        _check("seed", self.seed, self.seed >= 0, "an integer of at least 0")
-
-
-def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
-    if not is_allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
 
 
 def merge_adapters(
@@ -91,7 +55,9 @@ def merge_adapters(
             f"weights={merge.weights!r} is not allowed: it must have one weight for each of the "
             f"{len(adapters)} adapters, not {len(merge.weights)}"
         )
-    strategy = merge.strategy if len(adapters) > 1 else "linear"
+    if len(adapters) == 1:
+        return _multiply(adapters[0], merge.weights[0], dtype)
+    strategy = merge.strategy
     _check_ranks(adapters, strategy, spec)
     merged = AdapterWeights({}, {}, dtype)
     generator = np.random.default_rng(merge.seed)
@@ -111,6 +77,11 @@ def merge_adapters(
                 b = _combine(b_matrices, roots, strategy, merge, generator)
             merged.a[place], merged.b[place] = torch.from_numpy(a), torch.from_numpy(b)
     return merged
+
+
+def _multiply(adapter: AdapterWeights, weight: float, dtype: torch.dtype) -> AdapterWeights:
+    scalings = {place: weight * adapter.scalings.get(place, 1.0) for place in adapter.a}
+    return AdapterWeights(adapter.a, adapter.b, dtype, scalings)
 
 
 def _check_ranks(adapters: Sequence[AdapterWeights], strategy: str, spec: BaseModelSpec) -> None:

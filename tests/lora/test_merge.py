@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.benchmarks.synthetic_adapters import llama_spec
 from loraplex.lora.image import AdapterWeights, Place, pack_image, unpack_image
-from loraplex.lora.merge import STRATEGIES, Merge, merge_adapters
+from loraplex.lora.merge import merge_adapters
 from loraplex.lora.plan import MAX_RANK
+from loraplex.lora.recipe import STRATEGIES, Merge
 from loraplex.lora.spec import AdapterError
 
 SPEC = llama_spec(num_layers=2)
