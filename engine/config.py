@@ -83,7 +83,10 @@ class EngineConfig:
         "it would likely take longer. Default: as long as it takes.",
     )
     tensor_parallel_size: int = option(1, "Accelerators to spread the model over.")
-    quantization: str | None = option(None, "Quantisation of the weights.")
+    quantization: str | None = option(
+        None,
+        "How the weights are quantised: awq. Default: as the checkpoint says.",
+    )
     load_format: str = option("auto", "auto reads the checkpoint, dummy makes random weights.")
     skip_tokenizer_init: bool = option(False, "Take and give token ids only.")
     enforce_eager: bool = option(False, "Run without CUDA graphs (the CPU has none).")
@@ -105,7 +108,7 @@ class EngineConfig:
             "attention_backend": ("auto", "flashinfer", "native", "reference", "sdpa"),
             "eviction_policy": tuple(POLICIES),
             "tensor_parallel_size": (1,),
-            "quantization": (None,),
+            "quantization": (None, "awq"),
         }
         for name, allowed in one_of.items():
             _check(name, getattr(self, name), getattr(self, name) in allowed,

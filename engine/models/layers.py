@@ -1,24 +1,19 @@
 """Building blocks of models: linears that fuse several checkpoint tensors, embedding, rope, norm.
 
-Weights are plain tensors; `named_weights` says which checkpoint tensor is copied into which view
-of them. Knows neither LoRA nor attention; `batch` is passed through for those who wrap a layer.
+`named_weights` says where each checkpoint tensor goes. What a linear's weight is made of is its own
+business (see weights.py), so that models do not know of quantisation. Knows neither LoRA nor
+attention; `batch` is passed through for those who wrap a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loraplex.engine.models.config import head_dim
-
-NamedWeights = Iterator[tuple[str, torch.Tensor]]
-
-# The row count that packed weights are laid out for; other counts run on the same layout.
-PACKING_ROWS = 64
+from loraplex.engine.models.weights import DenseWeight, NamedPlaces, Weight
 
 
 class ForwardBatch(Protocol):
@@ -33,7 +28,10 @@ class ForwardBatch(Protocol):
 
 
 class Linear:
-    """y = x W^T + b, where W is one or several checkpoint tensors, one above the other."""
+    """y = x W^T + b, where W is one or several checkpoint tensors, one above the other.
+
+    Its weight has the model's dtype until a quantised checkpoint gives it another, before loading.
+    """
 
     def __init__(
         self,
@@ -47,39 +45,31 @@ class Linear:
         self.prefix = prefix
         self.in_features = in_features
         self.out_features = out_features
-        total = sum(out_features.values())
-        self.weight = torch.empty(total, in_features, dtype=dtype)
-        self.bias = torch.empty(total, dtype=dtype) if has_bias else None
-        self._multiply: Callable[[torch.Tensor], torch.Tensor] = self._multiply_plain
+        # Without elements; for its dtype and device.
+        self.like = torch.empty(0, dtype=dtype)
+        self.bias = self.like.new_empty(sum(out_features.values())) if has_bias else None
+        self.weight: Weight = DenseWeight(in_features, out_features, self.like)
 
     def __call__(self, x: torch.Tensor, batch: Any) -> torch.Tensor:
         """x [num_tokens, in_features] -> [num_tokens, total out_features]."""
-        return self._multiply(x)
+        return self.weight.multiply(x, self.bias)
 
-    def named_weights(self) -> NamedWeights:
-        row = 0
-        for name, num_rows in self.out_features.items():
-            yield f"{self.prefix}{name}.weight", self.weight[row : row + num_rows]
-            if self.bias is not None:
-                yield f"{self.prefix}{name}.bias", self.bias[row : row + num_rows]
-            row += num_rows
+    def tie(self, tensor: torch.Tensor) -> None:
+        """Multiply by a tensor that is loaded as something else: the embedding."""
+        self.weight = DenseWeight.of(tensor)
+
+    def named_weights(self) -> NamedPlaces:
+        """Name of every checkpoint tensor, and where it goes. Called once: it allocates them."""
+        for name, place in self.weight.places():
+            yield self.prefix + name, place
+        if self.bias is not None:
+            parts = self.bias.split(list(self.out_features.values()))
+            for name, part in zip(self.out_features, parts, strict=True):
+                yield f"{self.prefix}{name}.bias", part
 
     def pack(self) -> None:
-        """Lay the loaded weight out the way oneDNN reads it fastest; drops the plain copy.
-
-        Up to three times the speed of F.linear at few rows, where F.linear lays out anew each call.
-        """
-        is_served = self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16
-        if not (is_served and torch.backends.mkldnn.is_available()):
-            return
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKING_ROWS)
-        self._multiply = self._multiply_packed
-
-    def _multiply_plain(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def _multiply_packed(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        """Called once, when all weights are in."""
+        self.weight.pack()
 
 
 def rope_cos_sin_cache(config: Any, max_model_len: int) -> torch.Tensor:

@@ -10,12 +10,8 @@ import torch.nn.functional as F
 
 from loraplex.engine.models import ops
 from loraplex.engine.models.config import head_dim
-from loraplex.engine.models.layers import (
-    ForwardBatch,
-    Linear,
-    NamedWeights,
-    rope_cos_sin_cache,
-)
+from loraplex.engine.models.layers import ForwardBatch, Linear, rope_cos_sin_cache
+from loraplex.engine.models.weights import NamedPlaces
 
 
 class LlamaLayer:
@@ -55,7 +51,7 @@ class LlamaLayer:
         for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
             yield name, getattr(self, name)
 
-    def named_weights(self) -> NamedWeights:
+    def named_weights(self) -> NamedPlaces:
         for _, linear in self.linears():
             yield from linear.named_weights()
         yield f"{self.prefix}input_layernorm.weight", self.input_norm
@@ -100,8 +96,8 @@ class LlamaForCausalLM:
         self.is_tied = config.tie_word_embeddings
         self.cos_sin_cache = rope_cos_sin_cache(config, max_model_len)
 
-    def named_weights(self) -> NamedWeights:
-        """Name of every checkpoint tensor, and the view it is copied into."""
+    def named_weights(self) -> NamedPlaces:
+        """Name of every checkpoint tensor, and where it goes. Called once, before loading."""
         yield "model.embed_tokens.weight", self.embedding
         for layer in self.layers:
             yield from layer.named_weights()
@@ -116,7 +112,7 @@ class LlamaForCausalLM:
     def finish_loading(self) -> None:
         """Called once, when all weights are in."""
         if self.is_tied:
-            self.lm_head.weight = self.embedding
+            self.lm_head.tie(self.embedding)
         self.lm_head.pack()
         for layer in self.layers:
             for _, linear in layer.linears():

@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from loraplex.engine.models.layers import NamedWeights
+from loraplex.engine.models.weights import NamedPlaces, Place
 
 
 class LoadableModel(Protocol):
-    def named_weights(self) -> NamedWeights: ...
+    def named_weights(self) -> NamedPlaces: ...
     def is_ignored(self, name: str) -> bool: ...
     def finish_loading(self) -> None: ...
 
@@ -60,20 +60,26 @@ def load_weights(model: LoadableModel, path: Path) -> None:
     model.finish_loading()
 
 
-def fill_dummy_weights(model: LoadableModel, seed: int) -> None:
+def fill_dummy_weights(model: LoadableModel, seed: int, device: torch.device) -> None:
     """Random weights of a size that keeps activations finite, for benchmarks."""
-    generator: torch.Generator | None = None
+    generator = torch.Generator(device).manual_seed(seed)
     for name, place in model.named_weights():
-        if generator is None:
-            generator = torch.Generator(place.device).manual_seed(seed)
-        if place.dim() == 1 and name.endswith("norm.weight"):
+        if not isinstance(place, torch.Tensor):
+            # It quantises what it is given.
+            weight = torch.empty(place.shape, device=device)
+            place.copy_(weight.normal_(0.0, 0.02, generator=generator))
+        elif len(place.shape) == 1 and name.endswith("norm.weight"):
             place.fill_(1.0)
+        elif place.is_floating_point():
+            # A scale is multiplied by integers of up to 8, or of up to 128.
+            std = 0.02 / 8 if name.endswith("scales") else 0.02
+            place.normal_(0.0, std, generator=generator)
         else:
-            place.normal_(0.0, 0.02, generator=generator)
+            place.random_(generator=generator)
     model.finish_loading()
 
 
-def _copy(name: str, tensor: torch.Tensor, place: torch.Tensor) -> None:
+def _copy(name: str, tensor: torch.Tensor, place: Place) -> None:
     if tensor.shape != place.shape:
         raise ValueError(
             f"tensor {name!r} of the checkpoint has shape {tuple(tensor.shape)}, "

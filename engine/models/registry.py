@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from loraplex.engine.models.config import (
     resolve_dtype,
     resolve_kv_dtype,
 )
+from loraplex.engine.models.layers import Linear
 from loraplex.engine.models.llama import LlamaForCausalLM
 from loraplex.engine.models.loader import fill_dummy_weights, load_weights
 from loraplex.engine.models.locate import locate_model
+from loraplex.engine.models.quantization.methods import find_method, quantise
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
 
 Model = LlamaForCausalLM
@@ -44,13 +47,23 @@ def build_model(
     device: torch.device,
 ) -> Model:
     """The model with its weights, on a device."""
+    method = find_method(config.quantization, hf_config)
     with device:
         model = model_class(hf_config)(hf_config, dtype, max_model_len)
+    if method is not None:
+        quantise(_linears(model), method)
     if config.load_format == "dummy":
-        fill_dummy_weights(model, config.seed)
+        fill_dummy_weights(model, config.seed, device)
     else:
         load_weights(model, path)
     return model
+
+
+def _linears(model: Model) -> Iterator[Linear]:
+    yield model.lm_head
+    for layer in model.layers:
+        for _, linear in layer.linears():
+            yield linear
 
 
 def kv_block_shape(hf_config: Any, block_size: int) -> tuple[int, int, int, int, int]:

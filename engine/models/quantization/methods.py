@@ -1,0 +1,53 @@
+"""Chooses the method of a model's quantised weights, and puts it in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from loraplex.engine.models.layers import Linear
+from loraplex.engine.models.quantization.awq import Awq
+from loraplex.engine.models.quantization.weight import DensePart, Method, Part, QuantisedWeight
+
+# By quant_method of the checkpoint's quantization_config, which they are made from.
+CHECKPOINT_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {"awq": Awq}
+
+
+def find_method(requested: str | None, hf_config: Any) -> Method | None:
+    """The method that the checkpoint, or the option `quantization`, asks for.
+
+    Raises ValueError for a method or setting that is not supported, and if both disagree.
+    """
+    config = getattr(hf_config, "quantization_config", None)
+    if config is None:
+        if requested is None:
+            return None
+        raise ValueError(
+            f"quantization={requested!r} is not allowed: the checkpoint's config.json has no "
+            "quantization_config"
+        )
+    name = config.get("quant_method")
+    if requested not in (None, name):
+        raise ValueError(
+            f"quantization={requested!r} is not allowed: the checkpoint is quantised by {name!r}"
+        )
+    if name not in CHECKPOINT_METHODS:
+        raise ValueError(
+            f"quantization_config.quant_method={name!r} of this model is not supported: it must be "
+            "one of " + ", ".join(map(repr, CHECKPOINT_METHODS))
+        )
+    return CHECKPOINT_METHODS[name](config)
+
+
+def quantise(linears: Iterable[Linear], method: Method) -> None:
+    """Give linears, before they are loaded, the weights that the method has for them."""
+    for linear in linears:
+        parts: dict[str, Part] = {}
+        is_quantised = False
+        for name, out_features in linear.out_features.items():
+            sizes = out_features, linear.in_features, linear.like
+            part = method.part(linear.prefix + name, *sizes)
+            is_quantised |= part is not None
+            parts[name] = part or DensePart(*sizes)
+        if is_quantised:
+            linear.weight = QuantisedWeight(parts)
