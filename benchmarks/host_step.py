@@ -68,6 +68,8 @@ class NullDevice:
             max_model_len=4096,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=[],
+            dtype="float32",
+            device="cpu",
         )
 
     def close(self) -> None:

@@ -77,6 +77,8 @@ class SimulatedDevice:
             max_model_len=max_model_len,
             vocab_size=LLAMA_3_VOCAB_SIZE,
             eos_token_ids=[],
+            dtype="float32",
+            device="cpu",
         )
 
     @property

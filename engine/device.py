@@ -85,6 +85,8 @@ class TorchDevice:
             max_model_len=max_model_len,
             vocab_size=hf_config.vocab_size,
             eos_token_ids=read_eos_token_ids(path),
+            dtype=str(dtype).removeprefix("torch."),
+            device=device.type,
         )
         kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype)
         self.page_bytes = page_bytes(hf_config, config.block_size, kv_dtype)

@@ -101,6 +101,10 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int]
+    dtype: str
+    """Of weights and activations, as torch calls it: "bfloat16"."""
+    device: str
+    """"cpu" or "cuda"."""
 
 
 # What service costs. A generated token needs a pass over the weights of its own, a prompt token

@@ -19,6 +19,12 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The text's token ids, with those that the model expects around it."""
 
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True
+    ) -> list[tuple[int, int, int]]:
+        """(token id, start, end): each with the characters of the text that it stands for.
+        ValueError if the tokenizer does not know them."""
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
 
@@ -47,6 +53,14 @@ class TransformersTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True
+    ) -> list[tuple[int, int, int]]:
+        if self._backend is None:
+            raise ValueError("this model's tokenizer does not know where its tokens are in a text")
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return [(i, *span) for i, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         if self._backend is not None:

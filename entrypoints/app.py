@@ -12,8 +12,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import loraplex
 from loraplex.engine.core_client import EngineDeadError
-from loraplex.entrypoints import openai_chat, openai_completions, operator_routes
-from loraplex.entrypoints.errors import ApiError
+from loraplex.entrypoints import (
+    lorax_routes,
+    openai_chat,
+    openai_completions,
+    operator_routes,
+)
+from loraplex.entrypoints.errors import ApiError, IncompleteGeneration, to_lorax_error
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import json_error
 
@@ -29,19 +34,24 @@ def build_app(
     app = FastAPI(title="Loraplex", version=loraplex.__version__)
     app.state.serving = serving
     app.state.runtime_lora_directory = runtime_lora_directory
-    for module in (openai_completions, openai_chat, operator_routes):
+    for module in (openai_completions, openai_chat, lorax_routes, operator_routes):
         app.include_router(module.router)
     # Each by name: what only Exception's handler knows is logged as a crash.
-    for kind in (ApiError, EngineDeadError, ValueError, HTTPException, RequestValidationError,
-                 Exception):  # fmt: skip
+    for kind in (ApiError, EngineDeadError, IncompleteGeneration, ValueError, HTTPException,
+                 RequestValidationError, Exception):  # fmt: skip
         app.add_exception_handler(kind, _answer_error)
     if api_key is not None:
         app.add_middleware(BearerAuthentication, api_key=api_key)
     return app
 
 
-async def _answer_error(_: Request, error: Exception) -> Response:
-    return json_error(error)
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return error_response(request.url.path, error)
+
+
+def error_response(path: str, error: Exception) -> Response:
+    """The error in the shape that clients of this path expect."""
+    return json_error(to_lorax_error(error) if path in lorax_routes.PATHS else error)
 
 
 class BearerAuthentication:

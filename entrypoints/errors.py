@@ -1,4 +1,4 @@
-"""What went wrong, as HTTP says it: a status and a body in OpenAI's shape."""
+"""What went wrong, as HTTP says it: a status and a body in OpenAI's shape or LoRAX's."""
 
 from __future__ import annotations
 
@@ -48,6 +48,18 @@ class ApiError(Exception):
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
 
+class LoraxError(ApiError):
+    """One in LoRAX's shape."""
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": self.message, "error_type": self.code}
+
+
+class IncompleteGeneration(RuntimeError):
+    """A generation ended before it was finished."""
+
+
 def to_api_error(error: Exception) -> ApiError:
     """The error as the client gets to see it; one that nobody foresaw is logged."""
     match error:
@@ -59,6 +71,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(error.status_code, str(error.detail))
         case EngineDeadError():
             return ApiError(503, str(error), code="engine_dead")
+        case IncompleteGeneration():
+            return ApiError(500, str(error), code="incomplete_generation")
         case RequestError():
             api_error = _from_value_error(error, error.status)
             api_error.retry_after = error.retry_after
@@ -67,6 +81,27 @@ def to_api_error(error: Exception) -> ApiError:
             return _from_value_error(error, 400)
     logger.error("A request failed.", exc_info=error)
     return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
+def to_lorax_error(error: Exception) -> LoraxError:
+    """The error as LoRAX's clients know it: what an adapter or the engine fails with is a failed
+    generation, a mistake in the request a failed validation."""
+    if isinstance(error, LoraxError):
+        return error
+    api_error = to_api_error(error)
+    message, retry_after = api_error.message, api_error.retry_after
+    status, kind, prefix = api_error.status, "generation", "Request failed during generation: "
+    if status == 429 or retry_after is not None:
+        status, kind, prefix = 429, "overloaded", "Model is overloaded: "
+    elif isinstance(error, IncompleteGeneration):
+        kind, prefix = "incomplete_generation", "Incomplete generation: "
+    elif isinstance(error, RequestError) or api_error.code == "model_not_found":
+        status = 424 if status < 500 else status
+    elif status in (400, 422):
+        status, kind, prefix = 422, "validation", "Input validation error: "
+    elif status < 500:
+        kind, prefix = api_error.code or "refused", ""
+    return LoraxError(status, prefix + message, code=kind, retry_after=retry_after)
 
 
 def _from_value_error(error: ValueError, status: int) -> ApiError:

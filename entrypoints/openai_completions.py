@@ -54,6 +54,7 @@ class CompletionAnswer:
         self._params = body.sampling_params()
         self._service = body.service()
         self._prompts = prompts
+        serving.limits.check_batch(len(prompts), self._params)
         for prompt in prompts:
             serving.check_max_tokens(len(prompt), body.max_tokens)
         self._heading = make_heading("cmpl", body.model)

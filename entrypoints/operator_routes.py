@@ -82,6 +82,8 @@ async def unload_adapter(body: UnloadAdapterRequest, request: Request) -> Respon
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
+@router.get("/")
+@router.get("/ping")
 @router.get("/health")
 async def check_health(request: Request) -> Response:
     """200 while the engine can serve, 503 when it can't."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from loraplex.engine.request import LoRARequest, Service
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.tokenizer import Tokenizer
 from loraplex.entrypoints.errors import ApiError, to_api_error
+from loraplex.entrypoints.limits import Limits
 from loraplex.entrypoints.metrics import ServerMetrics
 from loraplex.entrypoints.model_registry import ModelRegistry
 
@@ -28,6 +29,7 @@ class Serving:
     engine: AsyncEngine
     models: ModelRegistry
     metrics: ServerMetrics
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -43,6 +45,16 @@ class Serving:
         encode = partial(self.tokenizer.encode, text, add_special_tokens)
         return await call_for_text(encode, len(text))
 
+    async def encode_with_offsets(
+        self, text: str, add_special_tokens: bool
+    ) -> list[tuple[int, int, int]]:
+        """As Tokenizer.encode_with_offsets. Raises ApiError 404 where nobody knows offsets."""
+        encode = partial(self.tokenizer.encode_with_offsets, text, add_special_tokens)
+        try:
+            return await call_for_text(encode, len(text))
+        except ValueError as error:
+            raise ApiError(404, str(error), code="no fast tokenizer") from error
+
     async def encode_chat(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, options: dict[str, Any]
     ) -> list[int]:
@@ -52,13 +64,15 @@ class Serving:
         )
         return await call_for_text(encode, sum(len(message["content"]) for message in messages))
 
-    def check_max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
-        """Raises ValueError if the model's length leaves less than a client asked for."""
+    def check_max_tokens(
+        self, num_prompt_tokens: int, max_tokens: int | None, field: str = "max_tokens"
+    ) -> None:
+        """Raises ValueError if the model's length leaves less than a client's `field` asks for."""
         max_model_len = self.engine.model_info.max_model_len
         left = max_model_len - num_prompt_tokens
         if max_tokens is not None and max_tokens > left > 0:
             raise ValueError(
-                f"max_tokens={max_tokens} is not allowed: max_model_len={max_model_len} leaves "
+                f"{field}={max_tokens} is not allowed: max_model_len={max_model_len} leaves "
                 f"{left} for a prompt of {num_prompt_tokens} tokens"
             )
 
@@ -78,7 +92,9 @@ class Serving:
         service: Service,
         stream: bool,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As AsyncEngine.generate, counted."""
+        """As AsyncEngine.generate, within the limits, and counted."""
+        self.limits.check_batch(1, sampling_params)
+        sampling_params = self.limits.apply(sampling_params)
         self.metrics.request_started("" if lora_request is None else lora_request.lora_name)
         output: RequestOutput | None = None
         outputs = self.engine.generate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -12,22 +12,18 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loraplex.entrypoints.errors import to_api_error
+from loraplex.entrypoints.errors import ApiError, to_api_error
 
 T = TypeVar("T")
 
 # An error before the first event gets a status of its own, if it comes within so many seconds;
 # then the client should see that it is being served.
 HEAD_WAIT = 10.0
-HEAD = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-cache"),
-        (b"x-accel-buffering", b"no"),
-    ],
-}
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
 
 
 async def unless(event: Coroutine[Any, Any, object], work: Awaitable[T]) -> T | None:
@@ -106,19 +102,31 @@ def json_error(error: Exception) -> Response:
     )
 
 
-def json_response(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), headers=headers, media_type="application/json")
 
 
 class EventStream(Response):
-    """Server-sent events, one for each JSON text of `events`, then [DONE].
+    """Server-sent events, one for each JSON text of `events`, then `last`.
 
     An error before the first event is an answer with a status, a later one is an event. `events`
     is closed when the client disconnects.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str] | None = None,
+        to_error: Callable[[Exception], ApiError] = to_api_error,
+        last: bytes | None = b"[DONE]",
+    ) -> None:
         self._events = events
+        own = ((name.encode(), value.encode()) for name, value in (headers or {}).items())
+        self._head = {
+            "type": "http.response.start", "status": 200, "headers": [*HEADERS, *own],
+        }  # fmt: skip
+        self._to_error = to_error
+        self._last = last
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,17 +137,18 @@ class EventStream(Response):
         try:
             await asyncio.wait({first}, timeout=HEAD_WAIT)
             if first.done() and isinstance(error := first.exception(), Exception):
-                await json_error(error)(scope, receive, send)
+                await json_error(self._to_error(error))(scope, receive, send)
                 return
-            await send(HEAD)
+            await send(self._head)
             try:
                 event = await first
                 while event is not None:
                     await _send_event(send, event)
                     event = await anext(self._events, None)
             except Exception as error:
-                await _send_event(send, msgspec.json.encode(to_api_error(error).body))
-            await _send_event(send, b"[DONE]")
+                await _send_event(send, msgspec.json.encode(self._to_error(error).body))
+            if self._last is not None:
+                await _send_event(send, self._last)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             # An iterator that is running can't be closed.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import lorax
 import pytest
 from openai import AsyncOpenAI
 from real_server import serving
@@ -111,6 +112,21 @@ def test_concurrent_streams_equal_offline_and_cancelled_ones_leave_nothing(
         assert metric(server, f'loraplex_pages{{state="{state}"}}') == 0
     aborted = metric(server, 'loraplex_request_success_total{finished_reason="abort"}')
     assert aborted == NUM_STREAMS // 10
+
+
+def test_lorax_answers_what_completions_answer(server):
+    prompt = "The quick brown fox"
+    client = lorax.Client(server, timeout=60)
+    for adapter in ("a0", None):
+        body = {"model": adapter or MODEL, "prompt": prompt, "max_tokens": 12, "temperature": 0}
+        completion = httpx.post(f"{server}/v1/completions", json=body, timeout=60).json()
+        whole = client.generate(prompt, adapter_id=adapter, max_new_tokens=12)
+        assert whole.generated_text == completion["choices"][0]["text"]
+        events = list(client.generate_stream(prompt, adapter_id=adapter, max_new_tokens=12))
+        assert events[-1].generated_text == whole.generated_text
+        texts = [event.token.text for event in events if not event.token.special]
+        assert "".join(texts) == whole.generated_text
+        assert [t.id for t in whole.details.tokens] == [event.token.id for event in events]
 
 
 def test_chat_and_models(server):

@@ -11,7 +11,13 @@ from loraplex.engine.request import LoRARequest, ModelInfo, Service
 from loraplex.engine.sampling_params import SamplingParams
 
 MODEL = ModelInfo(
-    model_name="m", tokenizer_path="", max_model_len=20, vocab_size=300, eos_token_ids=[299]
+    model_name="m",
+    tokenizer_path="",
+    max_model_len=20,
+    vocab_size=300,
+    eos_token_ids=[299],
+    dtype="float32",
+    device="cpu",
 )
 
 

@@ -21,7 +21,13 @@ from loraplex.engine.request import (
 from loraplex.engine.sampling_params import SamplingParams
 
 MODEL = ModelInfo(
-    model_name="m", tokenizer_path="", max_model_len=99, vocab_size=259, eos_token_ids=[EOS]
+    model_name="m",
+    tokenizer_path="",
+    max_model_len=99,
+    vocab_size=259,
+    eos_token_ids=[EOS],
+    dtype="float32",
+    device="cpu",
 )
 
 

@@ -242,6 +242,8 @@ class FakeDevice:
             max_model_len=max_model_len,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=[EOS_TOKEN_ID],
+            dtype="float32",
+            device="cpu",
         )
 
     def close(self) -> None:

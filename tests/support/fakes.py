@@ -30,6 +30,14 @@ class ByteTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True
+    ) -> list[tuple[int, int, int]]:
+        tokens = [(BOS, 0, 0)] * add_special_tokens
+        for position, character in enumerate(text):
+            tokens += [(byte, position, position + 1) for byte in character.encode()]
+        return tokens
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         self.num_decoded_tokens += len(token_ids)
         data = b"".join(
@@ -78,6 +86,8 @@ class FakeCore:
             max_model_len=max_model_len,
             vocab_size=259,
             eos_token_ids=[EOS],
+            dtype="float32",
+            device="cpu",
         )
         self.requests: dict[str, EngineRequest] = {}
         """The unfinished ones."""
