@@ -6,6 +6,7 @@ Knows text (through the input and output processors) and streams; HTTP is the se
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -17,7 +18,13 @@ from loraplex.engine.core_client import CoreClient, EngineDeadError
 from loraplex.engine.input_processor import InputProcessor, Prompt, prompt_text
 from loraplex.engine.output_processor import OutputProcessor
 from loraplex.engine.outputs import RequestOutput
-from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo, Service
+from loraplex.engine.request import (
+    EngineRequest,
+    LoRARequest,
+    ModelInfo,
+    RequestError,
+    Service,
+)
 from loraplex.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -91,11 +98,13 @@ class AsyncEngine:
         lora_request: LoRARequest | None = None,
         service: Service | None = None,
         stream: bool = True,
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The output so far whenever there is more of it, the last one with `finished`.
 
         A caller that is slow misses states in between, never text. stream=False gives the last one
-        only. Closing the iterator, or cancelling its task, ends the request.
+        only. Closing the iterator, or cancelling its task, ends the request, and so do `timeout`
+        seconds, with a RequestError.
         Raises ValueError for a request that is not allowed, RequestError for one that the engine
         refuses or fails, EngineDeadError.
         """
@@ -105,6 +114,10 @@ class AsyncEngine:
             request_id, prompt, sampling_params, lora_request, service
         )
         outputs = self._open(request_id, prompt_text(prompt), requests, stream)
+        timer = None if timeout is None else asyncio.get_running_loop().call_later(
+            timeout, outputs.fail,
+            RequestError(f"the request was not finished within {timeout:g} seconds", status=504),
+        )  # fmt: skip
         try:
             self._client.add_requests(requests)
             while True:
@@ -115,6 +128,8 @@ class AsyncEngine:
                 if output.finished:
                     return
         finally:
+            if timer is not None:
+                timer.cancel()
             self._close(request_id)
 
     async def abort(self, request_id: str) -> None:
@@ -229,7 +244,7 @@ class _Stream:
         self.engine_request_ids = engine_request_ids
         self.is_finished = False
         self._latest: RequestOutput | None = None
-        self._error: EngineDeadError | None = None
+        self._error: EngineDeadError | RequestError | None = None
         self._changed = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
@@ -237,15 +252,16 @@ class _Stream:
         self.is_finished = output.finished
         self._changed.set()
 
-    def fail(self, error: EngineDeadError) -> None:
+    def fail(self, error: EngineDeadError | RequestError) -> None:
         self._error = error
         self._changed.set()
 
     async def get(self) -> RequestOutput:
-        """Wait for an output newer than the last one. Raises EngineDeadError."""
+        """Wait for an output newer than the last one. Raises what it failed with."""
         await self._changed.wait()
         if self._latest is None:
-            raise EngineDeadError(str(self._error))
+            assert self._error is not None
+            raise copy.copy(self._error)
         output, self._latest = self._latest, None
         if self._error is None:
             self._changed.clear()

@@ -16,6 +16,8 @@ class Limits:
     max_stop_sequences: int = 16
     max_output_tokens: int | None = None
     """Tokens of each completion; None: up to the model's length."""
+    request_timeout: float | None = None
+    """Seconds that a generation may take, its waiting included."""
 
     def check_batch(self, num_prompts: int, params: SamplingParams) -> None:
         """Raises ValueError for too many completions."""

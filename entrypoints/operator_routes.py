@@ -112,6 +112,9 @@ async def _core_stats(engine: AsyncEngine) -> dict | None:
         return None
 
 
+ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+
+
 def _runtime_directory(request: Request) -> Path:
     """Where adapters may be loaded from while the server runs. Raises ApiError 403 if nowhere."""
     directory: Path | None = request.app.state.runtime_lora_directory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import uvloop
 from fastapi import FastAPI
 
 from loraplex.engine.async_engine import AsyncEngine
+from loraplex.entrypoints.access_log import start_access_log
+from loraplex.entrypoints.api_keys import make_key_ring
 from loraplex.entrypoints.app import build_app
 from loraplex.entrypoints.metrics import ServerMetrics
 from loraplex.entrypoints.model_registry import ModelRegistry, adapter_from_path
@@ -41,7 +44,12 @@ def run_server(engine: AsyncEngine, config: ServerConfig) -> None:
 async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
     # What can be wrong here is told before a model is loaded for minutes.
     adapters = [adapter_from_path(name, path) for name, path in config.adapter_paths()]
-    with contextlib.closing(_bind(config.host, config.port)) as listener, _signals() as signals:
+    keys = make_key_ring(config)
+    if config.access_log:
+        start_access_log()
+    _allow_many_connections()
+    listener = _bind(config.host, config.port, config.client_timeout)
+    with contextlib.closing(listener), _signals() as signals:
         try:
             await unless(signals.first.wait(), engine.start())
             if signals.first.is_set():
@@ -50,11 +58,7 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
             models = ModelRegistry(
                 names, engine.config.model, engine.model_info.max_model_len, adapters
             )
-            app = build_app(
-                Serving(engine, models, ServerMetrics()),
-                config.effective_api_key(),
-                config.runtime_lora_directory,
-            )
+            app = build_app(Serving(engine, models, ServerMetrics(), config.limits), config, keys)
             await _serve_http(app, listener, engine, signals, config.shutdown_grace)
         finally:
             await engine.shutdown()
@@ -69,6 +73,7 @@ async def _serve_http(
         uvicorn.Config(
             app,
             log_config=None,
+            access_log=False,
             lifespan="off",
             ws="none",
             http="httptools",
@@ -123,10 +128,21 @@ def _signals() -> Iterator[Signals]:
             loop.remove_signal_handler(number)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet: until the model is loaded, connections are refused."""
+def _allow_many_connections() -> None:
+    """As many open files as this process may have; the default is made for other programs."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _bind(host: str, port: int, client_timeout: float) -> socket.socket:
+    """A socket that does not listen yet: until the model is loaded, connections are refused.
+
+    Connections whose client takes nothing for client_timeout seconds are dropped by the kernel.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    milliseconds = round(1000 * client_timeout)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     try:
         listener.bind((host, port))
     except OSError as error:

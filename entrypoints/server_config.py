@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraplex.engine.config import option
+from loraplex.entrypoints.limits import Limits
 
 API_KEY_VARIABLE = "LORAPLEX_API_KEY"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -19,10 +20,30 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every one of this machine.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.")
-    api_key: str | None = option(
+    api_key: list[str] | None = option(
         None,
-        "Key that clients must give as a bearer token on /v1 routes; default: the environment's "
+        "Keys, one of which clients must give as a bearer token; default: the environment's "
         f"{API_KEY_VARIABLE}, which other users of the machine can't see.",
+    )
+    api_key_file: str | None = option(
+        None, "TOML file of keys with limits of their own; it is read again when it changes."
+    )
+    cors_origins: list[str] | None = option(
+        None, "Web pages' origins whose scripts may call; * is any. Default: none."
+    )
+    max_request_bytes: int = option(32 << 20, "Largest body of a request.")
+    max_completions: int = option(
+        Limits.max_completions, "Most completions of a request: its prompts times n."
+    )
+    max_stop_sequences: int = option(Limits.max_stop_sequences, "Most stop strings of a request.")
+    max_output_tokens: int | None = option(
+        None, "Most tokens that a completion may ask for; default: what the model's length leaves."
+    )
+    request_timeout: float | None = option(
+        None, "Seconds after which a generation fails; default: as long as it takes."
+    )
+    client_timeout: float = option(
+        60.0, "Seconds after which a client that takes nothing of its answer is dropped."
     )
     served_model_name: list[str] | None = option(
         None, "Names of the base model in requests; default: the hub id or the directory's name."
@@ -45,13 +66,20 @@ class ServerConfig:
     shutdown_grace: float = option(
         30.0, "Seconds that running requests are given after SIGTERM or SIGINT."
     )
+    access_log: bool = option(True, "Write a line of JSON to standard output for each request.")
     log_level: str = option("info", "One of debug, info, warning and error.")
 
     def __post_init__(self) -> None:
         checks = [
             ("port", 0 <= self.port < 65536, "0 to 65535"),
-            ("api_key", self.api_key is None or self.api_key.isascii() and self.api_key != "",
-             "a non-empty ASCII string"),
+            ("api_key", all(key and key.isascii() for key in self.api_key or []),
+             "non-empty ASCII strings"),
+            ("max_request_bytes", self.max_request_bytes >= 1, "1 or more"),
+            ("max_completions", self.max_completions >= 1, "1 or more"),
+            ("max_stop_sequences", self.max_stop_sequences >= 0, "0 or more"),
+            ("max_output_tokens", (self.max_output_tokens or 1) >= 1, "1 or more"),
+            ("request_timeout", 0 < (self.request_timeout or 1) < math.inf, "above 0"),
+            ("client_timeout", 0 < self.client_timeout < 1e6, "above 0 and below a million"),
             ("shutdown_grace", 0 <= self.shutdown_grace < math.inf, "0 or more seconds"),
             ("log_level", self.log_level in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
             ("allow_runtime_lora", self.runtime_lora_directory is None
@@ -63,8 +91,18 @@ class ServerConfig:
                 raise ValueError(f"{name}={value} is not allowed: it must be {allowed}")
         self.adapter_paths()
 
-    def effective_api_key(self) -> str | None:
-        return self.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    def api_keys(self) -> list[str]:
+        from_environment = os.environ.get(API_KEY_VARIABLE)
+        return self.api_key or ([from_environment] if from_environment else [])
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_completions=self.max_completions,
+            max_stop_sequences=self.max_stop_sequences,
+            max_output_tokens=self.max_output_tokens,
+            request_timeout=self.request_timeout,
+        )
 
     @property
     def runtime_lora_directory(self) -> Path | None:

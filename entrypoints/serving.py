@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from msgspec import structs
+
 from loraplex.engine.async_engine import AsyncEngine, call_for_text
 from loraplex.engine.outputs import Logprob, RequestOutput
 from loraplex.engine.request import LoRARequest, Service
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.tokenizer import Tokenizer
+from loraplex.entrypoints.access_log import current_visit
 from loraplex.entrypoints.errors import ApiError, to_api_error
 from loraplex.entrypoints.limits import Limits
 from loraplex.entrypoints.metrics import ServerMetrics
@@ -95,7 +98,13 @@ class Serving:
         """As AsyncEngine.generate, within the limits, and counted."""
         self.limits.check_batch(1, sampling_params)
         sampling_params = self.limits.apply(sampling_params)
-        self.metrics.request_started("" if lora_request is None else lora_request.lora_name)
+        adapter = "" if lora_request is None else lora_request.lora_name
+        visit = current_visit.get()
+        if visit is not None:
+            visit.admit_adapter(adapter)
+            if visit.caller is not None:
+                service = structs.replace(service, tenant=visit.caller.key.name)
+        self.metrics.request_started(adapter)
         output: RequestOutput | None = None
         outputs = self.engine.generate(
             prompt_token_ids,
@@ -103,6 +112,7 @@ class Serving:
             lora_request=lora_request,
             service=service,
             stream=stream,
+            timeout=self.limits.request_timeout,
         )
         try:
             async with aclosing(outputs):
@@ -114,4 +124,7 @@ class Serving:
         except BaseException:
             self.metrics.request_ended(output)
             raise
+        finally:
+            if visit is not None and output is not None:
+                visit.count(output)
         self.metrics.request_ended(output)

@@ -73,7 +73,7 @@ def test_flags_that_are_not_given_leave_the_defaults():
         ({"lora_modules": ["x"]}, "lora_modules='x' is not allowed: it must be name=path"),
         ({"log_level": "loud"}, "log_level='loud' is not allowed: it must be one of debug"),
         ({"shutdown_grace": -1.0}, "shutdown_grace=-1.0 is not allowed"),
-        ({"api_key": ""}, "api_key=... is not allowed"),
+        ({"api_key": [""]}, "api_key=... is not allowed"),
         ({"allow_runtime_lora": "/nowhere"}, "allow_runtime_lora='/nowhere' is not allowed"),
     ],
 )
@@ -85,10 +85,10 @@ def test_settings_of_the_server_that_are_refused(settings, words):
 
 def test_the_api_key_may_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("LORAPLEX_API_KEY", "sesame")
-    assert ServerConfig().effective_api_key() == "sesame"
-    assert ServerConfig(api_key="mine").effective_api_key() == "mine"
+    assert ServerConfig().api_keys() == ["sesame"]
+    assert ServerConfig(api_key=["mine", "yours"]).api_keys() == ["mine", "yours"]
     monkeypatch.setenv("LORAPLEX_API_KEY", "")
-    assert ServerConfig().effective_api_key() is None
+    assert ServerConfig().api_keys() == []
 
 
 @pytest.mark.parametrize(

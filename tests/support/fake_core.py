@@ -12,9 +12,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from fake_device import FakeDevice
 from fakes import FakeCore, echo
 
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.core import EngineCore
 from loraplex.engine.request import EngineOutput, EngineRequest
 
 STEP_SECONDS = float(os.environ.get("FAKE_STEP_SECONDS", "0.001"))
@@ -74,6 +76,25 @@ class ServedCore(FakeCore):
 
 def make_core(config: EngineConfig) -> FakeCore:
     return ServedCore(config)
+
+
+class PacedCore(EngineCore):
+    """The real core on a device without a model, which takes STEP_SECONDS for a step."""
+
+    def step(self) -> list[EngineOutput]:
+        time.sleep(STEP_SECONDS)
+        return super().step()
+
+
+def make_scheduled_core(config: EngineConfig) -> EngineCore:
+    device = FakeDevice(
+        num_pages=400,
+        max_model_len=config.max_model_len or 128,
+        block_size=config.block_size,
+        steps_ahead=1,
+        num_awaited_pages=0,
+    )
+    return PacedCore(config, lambda config, wake: device)
 
 
 def refuse_config(config: EngineConfig) -> FakeCore:

@@ -20,7 +20,7 @@ SPECIAL = {BOS: "<s>", EOS: "</s>", TURN: "<turn>"}
 
 
 class ByteTokenizer:
-    """Every byte of UTF-8 is a token; three special ones follow."""
+    """Every byte of UTF-8 is a token; special ones follow, of which three have names."""
 
     def __init__(self) -> None:
         self.vocab_size = 259
@@ -41,7 +41,11 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         self.num_decoded_tokens += len(token_ids)
         data = b"".join(
-            bytes([t]) if t < 256 else b"" if skip_special_tokens else SPECIAL[t].encode()
+            bytes([t])
+            if t < 256
+            else b""
+            if skip_special_tokens
+            else SPECIAL.get(t, f"<{t}>").encode()
             for t in token_ids
         )
         return data.decode(errors="replace")
