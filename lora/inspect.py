@@ -8,13 +8,9 @@ from pathlib import Path
 
 import torch
 
-from loraplex.lora.loader import (
-    TargetedModule,
-    load_adapter,
-    open_weights,
-    read_targeted_modules,
-)
+from loraplex.lora.loader import load_adapter
 from loraplex.lora.peft_config import WEIGHTS_FILE, PeftConfig, read_peft_config
+from loraplex.lora.peft_file import TargetedModule, open_weights, read_targeted_modules
 from loraplex.lora.spec import BaseModelSpec
 
 

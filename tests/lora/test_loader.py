@@ -144,7 +144,7 @@ def test_too_many_layers(tmp_path):
     [
         "transformer.h.0.attn.c_attn",
         "lm_head",
-        "model.layers.0.self_attn.qkv_proj",
+        "model.layers.0.self_attn.query_key_value",
         "model.layers.00.self_attn.q_proj",
         f"model.layers.{'9' * 5000}.self_attn.q_proj",
         "model.layers.0.self_attn.q_proj.base_layer",

@@ -1,0 +1,78 @@
+"""Every kind of adapter that PEFT makes, in batches with plain ones and the base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import Oracle
+from safetensors.torch import load_file, save_file
+from tiny_model import check_against_peft, tiny_llm, write_peft_adapter, write_tiny_model
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from loraplex import LoRARequest
+
+PLAIN = {"target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def write_adapters(model_path: Path, directory: Path, configs: dict[str, dict]) -> dict[str, Path]:
+    return {
+        name: write_peft_adapter(model_path, directory / name, seed, **config)
+        for seed, (name, config) in enumerate(configs.items())
+    }
+
+
+def check(model_path: Path, oracle_path: Path, adapters: dict[str, Path]) -> None:
+    oracle = Oracle(oracle_path, adapters)
+    requests = {name: LoRARequest(name, str(path)) for name, path in adapters.items()}
+    with tiny_llm(model_path) as llm:
+        check_against_peft(llm, oracle, requests)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_some_layers_patterns_and_half_precision(model_path, tmp_path, one_thread):
+    configs = {
+        "plain": PLAIN,
+        "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
+        "regex": {"target_modules": r".*\.[12]\.(self_attn\.(k|o)|mlp\.down)_proj"},
+        "float16": PLAIN,
+    }
+    adapters = write_adapters(model_path, tmp_path, configs)
+    weights = adapters["float16"] / "adapter_model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights)
+    check(model_path, model_path, adapters)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_a_model_with_fused_modules(model_path, tmp_path, one_thread):
+    fused_path = write_fused_twin(model_path, tmp_path / "phi3")
+    configs = {
+        "plain": {"target_modules": ["o_proj", "down_proj"]},
+        "fused": {"target_modules": ["qkv_proj", "gate_up_proj"]},
+        "attention": {"target_modules": ["qkv_proj"], "r": 8, "use_rslora": True},
+    }
+    check(model_path, fused_path, write_adapters(fused_path, tmp_path, configs))
+
+
+def write_fused_twin(model_path: Path, path: Path) -> Path:
+    """The same model, as a Phi-3."""
+    config = Phi3Config.from_pretrained(model_path)
+    config.pad_token_id = None
+    Phi3ForCausalLM(config).save_pretrained(path)
+    tensors = load_file(model_path / "model.safetensors")
+    for layer in range(config.num_hidden_layers):
+        for owner, fused, parts in (
+            ("self_attn", "qkv", "qkv"),
+            ("mlp", "gate_up", ["gate", "up"]),
+        ):
+            prefix = f"model.layers.{layer}.{owner}"
+            weights = [tensors.pop(f"{prefix}.{part}_proj.weight") for part in parts]
+            tensors[f"{prefix}.{fused}_proj.weight"] = torch.cat(weights)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
