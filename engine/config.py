@@ -8,6 +8,10 @@ from typing import Any
 from loraplex.engine.eviction import POLICIES
 
 GIB = 1 << 30
+QUANTIZATIONS = (
+    "awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-int8", "compressed-tensors",
+    "fbgemm_fp8", "fp8", "gptq",
+)  # fmt: skip
 
 
 class LoraplexWarning(UserWarning):
@@ -85,7 +89,9 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "Accelerators to spread the model over.")
     quantization: str | None = option(
         None,
-        "How the weights are quantised: awq. Default: as the checkpoint says.",
+        "How the weights are quantised: awq, gptq, fp8, fbgemm_fp8, bitsandbytes or "
+        "compressed-tensors. Default: as the checkpoint says. A plain checkpoint is quantised on "
+        "load by fp8 or by bitsandbytes (nf4), bitsandbytes-fp4 or bitsandbytes-int8.",
     )
     load_format: str = option("auto", "auto reads the checkpoint, dummy makes random weights.")
     skip_tokenizer_init: bool = option(False, "Take and give token ids only.")
@@ -108,7 +114,7 @@ class EngineConfig:
             "attention_backend": ("auto", "flashinfer", "native", "reference", "sdpa"),
             "eviction_policy": tuple(POLICIES),
             "tensor_parallel_size": (1,),
-            "quantization": (None, "awq"),
+            "quantization": (None, *QUANTIZATIONS),
         }
         for name, allowed in one_of.items():
             _check(name, getattr(self, name), getattr(self, name) in allowed,

@@ -48,8 +48,8 @@ def load_weights(model: LoadableModel, path: Path) -> None:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     place = places.pop(name, None)
                     if place is not None:
-                        _copy(name, tensors.get_tensor(name), place)
-                    elif not model.is_ignored(name):
+                        copy_to_place(name, tensors.get_tensor(name), place)
+                    elif not (model.is_ignored(name) or _adds_nothing(name, tensors)):
                         leftover.append(name)
         except SafetensorError as error:
             raise ValueError(f"{file} can't be read as safetensors: {error}") from error
@@ -64,6 +64,8 @@ def fill_dummy_weights(model: LoadableModel, seed: int, device: torch.device) ->
     """Random weights of a size that keeps activations finite, for benchmarks."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, place in model.named_weights():
+        if place.shape is None:
+            raise ValueError("load_format='dummy' is not allowed with this kind of checkpoint")
         if not isinstance(place, torch.Tensor):
             # It quantises what it is given.
             weight = torch.empty(place.shape, device=device)
@@ -71,21 +73,36 @@ def fill_dummy_weights(model: LoadableModel, seed: int, device: torch.device) ->
         elif len(place.shape) == 1 and name.endswith("norm.weight"):
             place.fill_(1.0)
         elif place.is_floating_point():
-            # A scale is multiplied by integers of up to 8, or of up to 128.
-            std = 0.02 / 8 if name.endswith("scales") else 0.02
-            place.normal_(0.0, std, generator=generator)
+            # What a scale is multiplied by is of the size of 8.
+            std = 0.02 / 8 if "scale" in name.rpartition(".")[2] else 0.02
+            # By way of float32, because float8 has no generator.
+            values = torch.empty_like(place, dtype=torch.float32)
+            place.copy_(values.normal_(0.0, std, generator=generator))
         else:
             place.random_(generator=generator)
     model.finish_loading()
 
 
-def _copy(name: str, tensor: torch.Tensor, place: Place) -> None:
-    if tensor.shape != place.shape:
+def copy_to_place(name: str, tensor: torch.Tensor, place: Place) -> None:
+    """Raises ValueError if the shapes differ by more than dimensions of 1."""
+    if place.shape is None:
+        place.copy_(tensor)
+        return
+    if _without_ones(tensor.shape) != _without_ones(place.shape):
         raise ValueError(
             f"tensor {name!r} of the checkpoint has shape {tuple(tensor.shape)}, "
             f"where the model's config.json wants {tuple(place.shape)}"
         )
-    place.copy_(tensor)
+    place.copy_(tensor.view(place.shape))
+
+
+def _without_ones(shape: torch.Size) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def _adds_nothing(name: str, tensors: safe_open) -> bool:
+    """Quantisers write biases of zeros to models that have none."""
+    return name.endswith(".bias") and not tensors.get_tensor(name).any()
 
 
 def _some(names: list[str], limit: int = 5) -> str:

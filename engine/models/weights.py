@@ -16,10 +16,11 @@ class Place(Protocol):
     """Where a checkpoint tensor goes. Every torch.Tensor is one."""
 
     @property
-    def shape(self) -> torch.Size: ...
+    def shape(self) -> torch.Size | None:
+        """That the tensor must have, dimensions of 1 aside; None: any."""
 
     def copy_(self, tensor: torch.Tensor, /) -> object:
-        """Take the values of a tensor of this shape and any dtype."""
+        """Take the values of a tensor of this shape, converted to the dtype of the place."""
 
 
 NamedPlaces = Iterator[tuple[str, Place]]

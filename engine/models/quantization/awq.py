@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from loraplex.engine.models.quantization.integers import IntegerMatrix, unpack_int32
+from loraplex.engine.models.quantization.codes import INT4
+from loraplex.engine.models.quantization.grouped import GroupedMatrix, unpack_int32
 from loraplex.engine.models.quantization.settings import (
     SkippedModules,
     check_divisible,
@@ -61,13 +62,13 @@ class AwqPart:
         yield "qzeros", self._zeros
         yield "scales", self._scales
 
-    def read(self) -> IntegerMatrix:
+    def read(self) -> GroupedMatrix:
         scales = self._scales.T.float()
-        return IntegerMatrix(
+        return GroupedMatrix(
+            INT4,
             values=_unpack(self._values).T.contiguous(),
             scales=scales,
-            minimums=-scales * _unpack(self._zeros).T,
-            bits=4,
+            middles=scales * (8.0 - _unpack(self._zeros).T),
             dtype=self._like.dtype,
         )
 

@@ -7,10 +7,29 @@ from typing import Any
 
 from loraplex.engine.models.layers import Linear
 from loraplex.engine.models.quantization.awq import Awq
+from loraplex.engine.models.quantization.bitsandbytes import BitsAndBytes, BitsAndBytesOnLoad
+from loraplex.engine.models.quantization.compressed_tensors import CompressedTensors
+from loraplex.engine.models.quantization.fp8 import FbgemmFp8, Fp8, Fp8OnLoad
+from loraplex.engine.models.quantization.gptq import Gptq
+from loraplex.engine.models.quantization.settings import unsupported
 from loraplex.engine.models.quantization.weight import DensePart, Method, Part, QuantisedWeight
 
 # By quant_method of the checkpoint's quantization_config, which they are made from.
-CHECKPOINT_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {"awq": Awq}
+CHECKPOINT_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
+    "awq": Awq,
+    "gptq": Gptq,
+    "bitsandbytes": BitsAndBytes,
+    "fp8": Fp8,
+    "fbgemm_fp8": FbgemmFp8,
+    "compressed-tensors": CompressedTensors,
+}
+# By what the option `quantization` says of a plain checkpoint.
+ON_LOAD_METHODS: dict[str, Callable[[], Method]] = {
+    "bitsandbytes": lambda: BitsAndBytesOnLoad("nf4"),
+    "bitsandbytes-fp4": lambda: BitsAndBytesOnLoad("fp4"),
+    "bitsandbytes-int8": lambda: BitsAndBytesOnLoad("int8"),
+    "fp8": Fp8OnLoad,
+}
 
 
 def find_method(requested: str | None, hf_config: Any) -> Method | None:
@@ -20,23 +39,29 @@ def find_method(requested: str | None, hf_config: Any) -> Method | None:
     """
     config = getattr(hf_config, "quantization_config", None)
     if config is None:
-        if requested is None:
-            return None
-        raise ValueError(
-            f"quantization={requested!r} is not allowed: the checkpoint's config.json has no "
-            "quantization_config"
-        )
+        return None if requested is None else _on_load(requested)
     name = config.get("quant_method")
     if requested not in (None, name):
         raise ValueError(
             f"quantization={requested!r} is not allowed: the checkpoint is quantised by {name!r}"
         )
     if name not in CHECKPOINT_METHODS:
-        raise ValueError(
-            f"quantization_config.quant_method={name!r} of this model is not supported: it must be "
-            "one of " + ", ".join(map(repr, CHECKPOINT_METHODS))
-        )
+        raise unsupported("quant_method", name, "one of " + _list(CHECKPOINT_METHODS))
     return CHECKPOINT_METHODS[name](config)
+
+
+def _on_load(requested: str) -> Method:
+    if requested not in ON_LOAD_METHODS:
+        raise ValueError(
+            f"quantization={requested!r} is not allowed: the checkpoint's config.json has no "
+            "quantization_config; a plain checkpoint can be quantised on load by "
+            + _list(ON_LOAD_METHODS)
+        )
+    return ON_LOAD_METHODS[requested]()
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def quantise(linears: Iterable[Linear], method: Method) -> None:

@@ -5,40 +5,17 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
-from quantised_models import (
-    check_mixed_batch,
-    check_products,
-    dequantise_groups,
-    pack_int32,
-    round_to_groups,
-    write_quantised,
-)
+from quantised_models import check_mixed_batch, check_products, write_quantised
+from quantisers import awq
 
 from loraplex.engine.models.quantization.awq import Awq
 from loraplex.engine.models.quantization.methods import find_method
-
-# Output columns in the order of an int32's nibbles, from the lowest.
-ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-
-
-def quantise(module, weight, group_size=32):
-    if module == "lm_head":
-        return None
-    values, scales, zeros = round_to_groups(weight, group_size)
-
-    def pack(columns: torch.Tensor) -> torch.Tensor:
-        return pack_int32(columns.unflatten(1, (-1, 8))[..., ORDER].flatten(1), 4)
-
-    tensors = {"qweight": pack(values.T), "qzeros": pack(zeros.T), "scales": scales.T}
-    return tensors, dequantise_groups(values, scales, zeros)
-
 
 CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 
 
 def test_a_mixed_batch_equals_the_dequantised_model(tmp_path):
-    paths = write_quantised(tmp_path, quantise, CONFIG)
+    paths = write_quantised(tmp_path, awq, CONFIG)
     check_mixed_batch(*paths, tmp_path)
 
 
@@ -47,7 +24,7 @@ def test_modules_that_are_left_out(tmp_path):
 
     def quantise_others(module, weight):
         is_left_out = "k_proj" in module or "layers.1.mlp" in module
-        return None if is_left_out else quantise(module, weight)
+        return None if is_left_out else awq(module, weight)
 
     config = {**CONFIG, "modules_to_not_convert": left_out}
     check_mixed_batch(*write_quantised(tmp_path, quantise_others, config), tmp_path)
@@ -57,7 +34,7 @@ def test_modules_that_are_left_out(tmp_path):
 def test_products(group_size):
     check_products(
         Awq({**CONFIG, "group_size": group_size}),
-        lambda _, weight: quantise("", weight, weight.shape[1] if group_size == -1 else group_size),
+        lambda _, weight: awq("", weight, weight.shape[1] if group_size == -1 else group_size),
     )
 
 
