@@ -15,14 +15,15 @@ from loraplex.attention.metadata import AttentionShape
 from loraplex.engine.config import GIB, EngineConfig
 from loraplex.engine.gpu_runner import MAX_GRAPH_TOKENS, GpuModelRunner
 from loraplex.engine.model_runner import ModelRunner
-from loraplex.engine.models.config import (
-    head_dim,
-    read_model_config,
-    resolve_dtype,
-    resolve_kv_dtype,
-)
+from loraplex.engine.models.config import read_model_config, resolve_dtype, resolve_kv_dtype
 from loraplex.engine.models.locate import locate_model, locate_tokenizer, model_name
-from loraplex.engine.models.registry import Model, base_model_spec, build_model, page_bytes
+from loraplex.engine.models.registry import (
+    Model,
+    base_model_spec,
+    build_model,
+    outline_model,
+    page_bytes,
+)
 from loraplex.engine.request import ModelInfo
 from loraplex.engine.tokenizer import read_eos_token_ids
 from loraplex.lora.host_store import HostAdapterStore
@@ -91,13 +92,16 @@ class TorchDevice:
         kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype)
         self.page_bytes = page_bytes(hf_config, config.block_size, kv_dtype)
         spec = base_model_spec(hf_config)
+        outline = outline_model(hf_config)
         backend = get_backend(
             config.attention_backend,
             AttentionShape(
-                num_heads=hf_config.num_attention_heads,
-                num_kv_heads=hf_config.num_key_value_heads,
-                head_dim=head_dim(hf_config),
-                scale=head_dim(hf_config) ** -0.5,
+                num_heads=outline.heads.num_heads,
+                num_kv_heads=outline.heads.num_kv_heads,
+                head_dim=outline.heads.head_dim,
+                scale=outline.scale,
+                logits_soft_cap=outline.logits_soft_cap,
+                windows=outline.windows,
                 block_size=config.block_size,
                 dtype=dtype,
                 kv_dtype=kv_dtype,

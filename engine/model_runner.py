@@ -28,10 +28,17 @@ class DeviceBatch:
     kv_caches: list[tuple[torch.Tensor, torch.Tensor]]
     lora: LoRABatch | None
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int | None = None,
+    ) -> torch.Tensor:
         k_cache, v_cache = self.kv_caches[layer]
         self.attention.write_kv(k, v, k_cache, v_cache)
-        return self.attention.run(q, k_cache, v_cache).flatten(1)
+        return self.attention.run(q, k_cache, v_cache, window).flatten(1)
 
 
 class ModelRunner:
@@ -116,13 +123,14 @@ def score_prompt(
 
 def wrap_linears(model: Model, spec: BaseModelSpec) -> int:
     """Let adapters attach to every linear; returns the most modules that one linear fuses."""
-    module_ids = {module.name: index for index, module in enumerate(spec.modules)}
+    module_ids = {module.path: index for index, module in enumerate(spec.modules)}
     most_modules = 0
-    for layer in model.layers:
-        for name, linear in list(layer.linears()):
-            modules = [module_ids[module] for module in linear.out_features]
+    for index, layer in enumerate(model.layers):
+        for owner, name, linear in list(layer.linears()):
+            paths = linear.paths(f"{spec.layer_path}.{index}.")
+            modules = [module_ids[path] for path in paths.values()]
             widths = list(linear.out_features.values())
-            setattr(layer, name, LinearWithLoRA(linear, layer.index, modules, widths))
+            setattr(owner, name, LinearWithLoRA(linear, index, modules, widths))
             most_modules = max(most_modules, len(modules))
     return most_modules
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -21,7 +21,7 @@ def read_model_config(path: Path) -> Any:
         raise ValueError(f"model={str(path)!r} has no config.json: it is not a model directory")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"config.json of model={str(path)!r} can't be read: {error}") from error
 
 
@@ -51,3 +51,8 @@ def resolve_kv_dtype(requested: str, dtype: torch.dtype) -> torch.dtype:
 def head_dim(config: Any) -> int:
     """Elements of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def num_kv_heads(config: Any) -> int:
+    """Heads of keys and values."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

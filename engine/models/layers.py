@@ -1,33 +1,55 @@
-"""Building blocks of models: linears that fuse several checkpoint tensors, embedding, rope, norm.
+"""Parts of models that own weights: linears that fuse several checkpoint tensors, and norms.
 
 `named_weights` says where each checkpoint tensor goes. What a linear's weight is made of is its own
 business (see weights.py), so that models do not know of quantisation. Knows neither LoRA nor
-attention; `batch` is passed through for those who wrap a layer.
+attention; `batch` is passed through for those who wrap a linear.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+import torch.nn.functional as F
 
-from loraplex.engine.models.config import head_dim
+from loraplex.engine.models import ops
 from loraplex.engine.models.weights import DenseWeight, NamedPlaces, Weight
 
-
-class ForwardBatch(Protocol):
-    """What a model asks of the batch it computes."""
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Write k and v to the KV cache of the layer and attend to it.
-
-        q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim];
-        returns [num_tokens, num_heads * head_dim].
-        """
+Tensor = torch.Tensor
 
 
-class Linear:
+class Module:
+    """A part of a model. Its own parts are those of its attributes that are Modules, and those in
+    lists of them."""
+
+    def parts(self) -> Iterator[tuple[str, Module]]:
+        """Attribute name and value, in the order in which they were set."""
+        for name, value in vars(self).items():
+            for part in value if isinstance(value, list) else (value,):
+                if isinstance(part, Module):
+                    yield name, part
+
+    def linears(self) -> Iterator[tuple[Module, str, Linear]]:
+        """Owner, attribute name and value of every linear within."""
+        for name, part in self.parts():
+            if isinstance(part, Linear):
+                yield self, name, part
+            else:
+                yield from part.linears()
+
+    def named_weights(self) -> NamedPlaces:
+        """Name of every checkpoint tensor, and where it goes. Called once: it allocates them."""
+        for _, part in self.parts():
+            yield from part.named_weights()
+
+    def finish_loading(self) -> None:
+        """Called once, when all weights are in."""
+        for _, part in self.parts():
+            part.finish_loading()
+
+
+class Linear(Module):
     """y = x W^T + b, where W is one or several checkpoint tensors, one above the other.
 
     Its weight has the model's dtype until a quantised checkpoint gives it another, before loading.
@@ -50,16 +72,20 @@ class Linear:
         self.bias = self.like.new_empty(sum(out_features.values())) if has_bias else None
         self.weight: Weight = DenseWeight(in_features, out_features, self.like)
 
-    def __call__(self, x: torch.Tensor, batch: Any) -> torch.Tensor:
+    def __call__(self, x: Tensor, batch: Any) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, total out_features]."""
         return self.weight.multiply(x, self.bias)
 
-    def tie(self, tensor: torch.Tensor) -> None:
+    def tie(self, tensor: Tensor) -> None:
         """Multiply by a tensor that is loaded as something else: the embedding."""
         self.weight = DenseWeight.of(tensor)
 
+    def paths(self, prefix: str) -> dict[str, str]:
+        """By the name of each checkpoint tensor, what follows `prefix` in it, as in
+        "self_attn.q_proj"."""
+        return {name: f"{self.prefix}{name}".removeprefix(prefix) for name in self.out_features}
+
     def named_weights(self) -> NamedPlaces:
-        """Name of every checkpoint tensor, and where it goes. Called once: it allocates them."""
         for name, place in self.weight.places():
             yield self.prefix + name, place
         if self.bias is not None:
@@ -67,29 +93,69 @@ class Linear:
             for name, part in zip(self.out_features, parts, strict=True):
                 yield f"{self.prefix}{name}.bias", part
 
-    def pack(self) -> None:
-        """Called once, when all weights are in."""
+    def finish_loading(self) -> None:
         self.weight.pack()
 
 
-def rope_cos_sin_cache(config: Any, max_model_len: int) -> torch.Tensor:
-    """Cosines, then sines, of every position: float32 [max_model_len, head_dim].
+class RMSNorm(Module):
+    """x / rms(x) * weight, over the last dimension."""
 
-    Raises ValueError for a kind of rope scaling that depends on the length of each request.
-    """
-    parameters = config.rope_parameters
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type == "default":
-        dim = head_dim(config)
-        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-        inv_freq, scaling = 1.0 / parameters["rope_theta"] ** exponents, 1.0
-    elif rope_type in ("linear", "llama3", "yarn"):
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    else:
-        raise ValueError(
-            f"rope_type={rope_type!r} of this model is not supported: "
-            "it must be one of default, linear, llama3, yarn"
-        )
-    positions = torch.arange(max_model_len).float()
-    angles = torch.outer(positions, inv_freq.to(positions))
-    return torch.cat([angles.cos() * scaling, angles.sin() * scaling], dim=-1)
+    def __init__(self, name: str, size: int, eps: float, dtype: torch.dtype) -> None:
+        self.name = name
+        self.eps = eps
+        self.weight = torch.empty(size, dtype=dtype)
+
+    def named_weights(self) -> NamedPlaces:
+        yield f"{self.name}.weight", self.weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [num_tokens, size] or [num_tokens, num_heads, size]; the result likewise."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Add x to the residual stream, in place; the stream's norm, which may take x's place."""
+        ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
+        return x
+
+
+class OffsetRMSNorm(RMSNorm):
+    """x / rms(x) * (1 + weight), as Gemma has it: the sum is not rounded."""
+
+    def finish_loading(self) -> None:
+        self.weight = 1.0 + self.weight.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        residual += x
+        return self(residual)
+
+
+class LayerNorm(Module):
+    """(x - mean) / deviation * weight + bias, over the last dimension; the bias may be missing."""
+
+    def __init__(
+        self, name: str, size: int, eps: float, dtype: torch.dtype, has_bias: bool = True
+    ) -> None:
+        self.name = name
+        self.eps = eps
+        self.weight = torch.empty(size, dtype=dtype)
+        self.bias = torch.empty(size, dtype=dtype) if has_bias else None
+
+    def named_weights(self) -> NamedPlaces:
+        yield f"{self.name}.weight", self.weight
+        if self.bias is not None:
+            yield f"{self.name}.bias", self.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [num_tokens, size] or [num_tokens, num_heads, size]; the result likewise."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Add x to the residual stream, in place; the stream's norm."""
+        residual += x
+        return self(residual)
+
+
+Norm = RMSNorm | LayerNorm

@@ -70,7 +70,7 @@ def fill_dummy_weights(model: LoadableModel, seed: int, device: torch.device) ->
             # It quantises what it is given.
             weight = torch.empty(place.shape, device=device)
             place.copy_(weight.normal_(0.0, 0.02, generator=generator))
-        elif len(place.shape) == 1 and name.endswith("norm.weight"):
+        elif len(place.shape) == 1 and name.endswith(".weight"):
             place.fill_(1.0)
         elif place.is_floating_point():
             # What a scale is multiplied by is of the size of 8.

@@ -46,6 +46,22 @@ def apply_rope(positions: Tensor, q: Tensor, k: Tensor, cos_sin_cache: Tensor) -
     native.apply_rope(positions, q, k, cos_sin_cache)
 
 
+def apply_interleaved_rope(positions: Tensor, q: Tensor, k: Tensor, cos_sin_cache: Tensor) -> None:
+    """Like apply_rope, but dimension 2 i turns with 2 i + 1. In plain torch.
+
+    Semantics, for q and k:
+        cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, -1)
+        first, second = q[..., 0:rotary_dim:2], q[..., 1:rotary_dim:2]
+        q[..., 0:rotary_dim:2] = first * cos - second * sin
+        q[..., 1:rotary_dim:2] = second * cos + first * sin
+    """
+    cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, -1)
+    for x in (q, k):
+        pairs = x[..., : cos_sin_cache.shape[1]].unflatten(-1, (-1, 2))
+        first, second = pairs.float().unbind(-1)
+        pairs.copy_(torch.stack((first * cos - second * sin, second * cos + first * sin), -1))
+
+
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """The gated activation of the MLP: gate_up [num_tokens, 2 * size] -> [num_tokens, size].
 

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.models.config import (
-    head_dim,
-    read_model_config,
-    resolve_dtype,
-    resolve_kv_dtype,
+from loraplex.engine.models.config import read_model_config, resolve_dtype, resolve_kv_dtype
+from loraplex.engine.models.decoder import Decoder
+from loraplex.engine.models.llama import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
 )
-from loraplex.engine.models.layers import Linear
-from loraplex.engine.models.llama import LlamaForCausalLM
 from loraplex.engine.models.loader import fill_dummy_weights, load_weights
 from loraplex.engine.models.locate import locate_model
 from loraplex.engine.models.quantization.methods import find_method, quantise
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
 
-Model = LlamaForCausalLM
-ARCHITECTURES: dict[str, type[Model]] = {"LlamaForCausalLM": LlamaForCausalLM}
+Model = Decoder
+ARCHITECTURES: dict[str, type[Model]] = {
+    architecture.__name__: architecture
+    for architecture in (
+        LlamaForCausalLM,
+        MistralForCausalLM,
+        Qwen2ForCausalLM,
+        Qwen3ForCausalLM,
+    )
+}
 
 
 def model_class(hf_config: Any) -> type[Model]:
@@ -51,7 +58,7 @@ def build_model(
     with device:
         model = model_class(hf_config)(hf_config, dtype, max_model_len)
     if method is not None:
-        quantise(_linears(model), method)
+        quantise((linear for _, _, linear in model.linears()), method)
     if config.load_format == "dummy":
         fill_dummy_weights(model, config.seed, device)
     else:
@@ -59,17 +66,10 @@ def build_model(
     return model
 
 
-def _linears(model: Model) -> Iterator[Linear]:
-    yield model.lm_head
-    for layer in model.layers:
-        for _, linear in layer.linears():
-            yield linear
-
-
 def kv_block_shape(hf_config: Any, block_size: int) -> tuple[int, int, int, int, int]:
     """Shape of a page as KV: [num_layers, 2, block_size, num_kv_heads, head_dim]."""
-    heads, layers = hf_config.num_key_value_heads, hf_config.num_hidden_layers
-    return layers, 2, block_size, heads, head_dim(hf_config)
+    model = outline_model(hf_config)
+    return len(model.layers), 2, block_size, model.heads.num_kv_heads, model.heads.head_dim
 
 
 def page_bytes(hf_config: Any, block_size: int, kv_dtype: torch.dtype) -> int:
@@ -79,18 +79,24 @@ def page_bytes(hf_config: Any, block_size: int, kv_dtype: torch.dtype) -> int:
 
 def base_model_spec(hf_config: Any) -> BaseModelSpec:
     """What adapters of this model may target."""
-    with torch.device("meta"):
-        layer = model_class(hf_config)(hf_config, torch.float32, 1).layers[0]
+    model = outline_model(hf_config)
     modules = [
-        LoRAModule(name, f"{linear.prefix}{name}".removeprefix(layer.prefix), linear.in_features, n)
-        for _, linear in layer.linears()
-        for name, n in linear.out_features.items()
+        LoRAModule(name, path, linear.in_features, linear.out_features[name])
+        for _, _, linear in model.layers[0].linears()
+        for name, path in linear.paths(f"{model.LAYERS}.0.").items()
     ]
     return BaseModelSpec(
         architecture=hf_config.architectures[0],
-        num_layers=hf_config.num_hidden_layers,
+        num_layers=len(model.layers),
         modules=tuple(modules),
+        layer_path=model.LAYERS,
     )
+
+
+def outline_model(hf_config: Any) -> Model:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return model_class(hf_config)(hf_config, torch.float32, 1)
 
 
 def lora_spec(

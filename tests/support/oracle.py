@@ -11,6 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from loraplex import RequestOutput
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -83,3 +85,19 @@ class Oracle:
             greedy_logprobs=logprobs.amax(-1).tolist(),
             logprobs=logprobs[torch.arange(len(output)), torch.tensor(output)].tolist(),
         )
+
+    def assert_equals(
+        self, adapters: list[str | None], outputs: list[RequestOutput], tolerance: float = 1e-3
+    ) -> None:
+        """Outputs, made greedily and with logprobs=0 by these adapters, are what the oracle gives:
+        all tokens, and their log-probabilities within the tolerance."""
+        worst = 0.0
+        for name, output in zip(adapters, outputs, strict=True):
+            prompt, completion = output.prompt_token_ids, output.outputs[0]
+            scored = self.score(prompt, completion.token_ids, name)
+            assert completion.token_ids == scored.greedy_token_ids, (name, len(prompt))
+            for token_id, logprobs, expected in zip(
+                completion.token_ids, completion.logprobs, scored.logprobs, strict=True
+            ):
+                worst = max(worst, abs(logprobs[token_id].logprob - expected))
+        assert worst < tolerance

@@ -127,7 +127,7 @@ def check_products(
     for name, place in linear.named_weights():
         copy_to_place(name, tensors.pop(name), place)
     assert not tensors
-    linear.pack()
+    linear.finish_loading()
     bias = linear.bias.float().cpu()
     for num_rows in (1, 5, 100):
         x = torch.randn(num_rows, in_features, generator=generator).bfloat16()

@@ -1,0 +1,146 @@
+"""What all architectures share: embedding, blocks, final norm and head.
+
+An architecture is a subclass that says how its blocks are made. Names in the checkpoint are class
+attributes; what a config may say and is honoured only in part is in SUPPORTED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from loraplex.engine.models.blocks import ForwardBatch, Heads, Layer
+from loraplex.engine.models.config import head_dim, num_kv_heads
+from loraplex.engine.models.layers import Linear, Module, Norm, RMSNorm
+from loraplex.engine.models.rope import Rope, RotaryPositions, rope_cos_sin_cache
+from loraplex.engine.models.weights import NamedPlaces
+
+Tensor = torch.Tensor
+
+
+class Decoder(Module):
+    """A decoder-only language model."""
+
+    LAYERS: ClassVar[str] = "model.layers"
+    EMBEDDING: ClassVar[str] = "model.embed_tokens"
+    FINAL_NORM: ClassVar[str] = "model.norm"
+    HEAD: ClassVar[str] = "lm_head"
+    # Checkpoint tensors that carry nothing: tables computed anew.
+    IGNORED_SUFFIXES: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
+    # The values that are honoured, for fields of the config where not all are.
+    SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    def __init__(self, config: Any, dtype: torch.dtype, max_model_len: int) -> None:
+        """Raises ValueError naming a field of the config whose value is not supported."""
+        for name, supported in self.SUPPORTED.items():
+            value = getattr(config, name, supported[0])
+            if value not in supported:
+                raise ValueError(
+                    f"{name}={value!r} is not supported: it must be one of "
+                    + ", ".join(map(repr, supported))
+                )
+        self.config = config
+        self.dtype = dtype
+        self.max_model_len = max_model_len
+        self.heads = self.make_heads()
+        self.rope = self.make_rope()
+        self.embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = [
+            self.make_layer(index, f"{self.LAYERS}.{index}.")
+            for index in range(config.num_hidden_layers)
+        ]
+        self.norm = self.make_norm(self.FINAL_NORM, config.hidden_size)
+        self.lm_head = self.make_head()
+        self.is_tied: bool = config.tie_word_embeddings
+
+    # -- what architectures override ---------------------------------------------------------
+
+    def make_layer(self, index: int, prefix: str) -> Layer:
+        """Block number `index`; prefix: of its checkpoint tensors, as in "model.layers.0."."""
+        raise NotImplementedError
+
+    def make_heads(self) -> Heads:
+        config = self.config
+        return Heads(config.num_attention_heads, num_kv_heads(config), head_dim(config))
+
+    def make_rope(self) -> Rope:
+        """The positions of the layers that have no others."""
+        return RotaryPositions(rope_cos_sin_cache(self.config, self.max_model_len))
+
+    def make_norm(self, name: str, size: int) -> Norm:
+        return RMSNorm(name, size, self.config.rms_norm_eps, self.dtype)
+
+    def make_head(self) -> Linear:
+        return self.linear("", self.config.hidden_size, {self.HEAD: self.config.vocab_size})
+
+    @property
+    def scale(self) -> float:
+        """Of the attention scores."""
+        return self.heads.head_dim**-0.5
+
+    @property
+    def logits_soft_cap(self) -> float:
+        """Attention scores x become cap * tanh(x / cap); 0: they stay as they are."""
+        return 0.0
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """token_ids, positions [num_tokens] -> [num_tokens, hidden]."""
+        return F.embedding(token_ids, self.embedding)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [num_rows, hidden] -> [num_rows, vocab_size] of the model's dtype."""
+        return self.lm_head(hidden, None)
+
+    # -- helpers for them --------------------------------------------------------------------
+
+    def linear(
+        self, prefix: str, in_features: int, out_features: dict[str, int], has_bias: bool = False
+    ) -> Linear:
+        return Linear(prefix, in_features, out_features, self.dtype, has_bias)
+
+    def window(self, index: int) -> int | None:
+        """The sliding window of a layer, by the config's layer_types if it has them."""
+        window: int | None = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        if types is None or types[index] == "sliding_attention":
+            return window
+        if types[index] == "full_attention":
+            return None
+        raise ValueError(
+            f"layer_types[{index}]={types[index]!r} is not supported: it must be one of "
+            "'full_attention', 'sliding_attention'"
+        )
+
+    # -- what the engine uses ----------------------------------------------------------------
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The distinct sliding windows of the layers."""
+        return tuple(dict.fromkeys(layer.attention.window for layer in self.layers))
+
+    def named_weights(self) -> NamedPlaces:
+        yield f"{self.EMBEDDING}.weight", self.embedding
+        for name, part in self.parts():
+            if name != "lm_head" or not self.is_tied:
+                yield from part.named_weights()
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a checkpoint tensor without a place is left out knowingly."""
+        is_copy = self.is_tied and name == f"{self.HEAD}.weight"
+        return is_copy or name.endswith(self.IGNORED_SUFFIXES)
+
+    def finish_loading(self) -> None:
+        if self.is_tied:
+            self.lm_head.tie(self.embedding)
+        super().finish_loading()
+
+    def forward(self, token_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
+        """token_ids, positions int64 [num_tokens] -> hidden states [num_tokens, hidden]."""
+        x = self.embed(token_ids, positions)
+        residual = torch.zeros_like(x)
+        for layer in self.layers:
+            x = layer(x, residual, positions, batch)
+        return self.norm.add(x, residual)
