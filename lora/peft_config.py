@@ -31,6 +31,8 @@ HARMLESS_KEYS = frozenset(
         "corda_config",
         "ensure_weight_tying",
         "eva_config",
+        # How the base stores its weight, which only merging has to know.
+        "fan_in_fan_out",
         "inference_mode",
         "layers_pattern",
         "loftq_config",
@@ -204,7 +206,7 @@ def _refuse_what_is_not_served(values: Mapping[str, Any]) -> None:
         "path_initial_model_for_weight_conversion)",
     )
     # Whatever else is switched on, known to us or not, changes what the tensors mean: use_dora,
-    # modules_to_save, fan_in_fan_out, ... and whatever PEFT invents next.
+    # modules_to_save, ... and whatever PEFT invents next.
     for key, value in values.items():
         if key not in HARMLESS_KEYS and key not in UNDERSTOOD_KEYS:
             _check(key, value, not value, "left out or off; this engine does not serve it")

@@ -8,14 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
+from loraplex.engine.models import ops
 from loraplex.engine.models.layers import Linear, Module, Norm
 from loraplex.engine.models.rope import Rope
 
 Tensor = torch.Tensor
+
+Activation = Callable[[Tensor], Tensor]
+# By transformers' names.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_new": ops.gelu_tanh,
+    "gelu_fast": ops.gelu_tanh,
+    "gelu_pytorch_tanh": ops.gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+GATED_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": ops.gelu_and_mul,
+    "gelu_pytorch_tanh": ops.gelu_tanh_and_mul,
+    "silu": ops.silu_and_mul,
+}
 
 
 class ForwardBatch(Protocol):
@@ -65,7 +83,7 @@ class HeadSplit(Module):
 
 
 class HeadNormSplit(HeadSplit):
-    """Norms every head of q and k by itself."""
+    """Norms every head of q and k by itself, by the same weights or its own."""
 
     def __init__(self, heads: Heads, q_norm: Norm, k_norm: Norm) -> None:
         super().__init__(heads)
@@ -77,6 +95,23 @@ class HeadNormSplit(HeadSplit):
         return self.q_norm(q), self.k_norm(k), v
 
 
+class WholeNormSplit(HeadNormSplit):
+    """Norms all heads of q as one row, and all of k."""
+
+    def __call__(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = HeadSplit.__call__(self, qkv)
+        return self.q_norm(q.flatten(1)).view(q.shape), self.k_norm(k.flatten(1)).view(k.shape), v
+
+
+class GroupedSplit(HeadSplit):
+    """Rows of qkv go by KV head: the queries of its group, its key, its value."""
+
+    def __call__(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.heads
+        grouped = qkv.view(qkv.shape[0], heads.num_kv_heads, -1, heads.head_dim)
+        return grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
+
+
 class Attention(Module):
     """Projects, turns q and k by their positions, attends, projects back."""
 
@@ -86,7 +121,7 @@ class Attention(Module):
         qkv_proj: Linear,
         split: HeadSplit,
         rope: Rope,
-        o_proj: Linear,
+        out_proj: Linear,
         window: int | None = None,
     ) -> None:
         self.layer = layer
@@ -94,21 +129,19 @@ class Attention(Module):
         self.qkv_proj = qkv_proj
         self.split = split
         self.rope = rope
-        self.o_proj = o_proj
+        self.out_proj = out_proj
 
     def __call__(self, x: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         q, k, v = self.split(self.qkv_proj(x, batch))
         self.rope(positions, q, k)
-        return self.o_proj(batch.attend(self.layer, q, k, v, self.window), batch)
+        return self.out_proj(batch.attend(self.layer, q, k, v, self.window), batch)
 
 
 class MLP(Module):
     """Up, activation, down. Where it is gated, up has the gate first, and the activation halves the
     width (ops.silu_and_mul)."""
 
-    def __init__(
-        self, up_proj: Linear, activation: Callable[[Tensor], Tensor], down_proj: Linear
-    ) -> None:
+    def __init__(self, up_proj: Linear, activation: Activation, down_proj: Linear) -> None:
         self.up_proj = up_proj
         self.activation = activation
         self.down_proj = down_proj
@@ -145,3 +178,97 @@ class PreNormLayer(Layer):
     ) -> Tensor:
         x = self.attention(self.attention_norm.add(x, residual), positions, batch)
         return self.mlp(self.mlp_norm.add(x, residual), batch)
+
+
+class SandwichNormLayer(Layer):
+    """Norms before and after attention, and before and after the MLP."""
+
+    def __init__(
+        self,
+        attention_norm: Norm,
+        attention: Attention,
+        attention_out_norm: Norm,
+        mlp_norm: Norm,
+        mlp: MLP,
+        mlp_out_norm: Norm,
+    ) -> None:
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.attention_out_norm = attention_out_norm
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+        self.mlp_out_norm = mlp_out_norm
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, positions: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        x = self.attention(self.attention_norm.add(x, residual), positions, batch)
+        x = self.mlp_norm.add(self.attention_out_norm(x), residual)
+        return self.mlp_out_norm(self.mlp(x, batch))
+
+
+class PostNormLayer(Layer):
+    """Norms of what attention and MLP give, none of what they take."""
+
+    def __init__(
+        self, attention: Attention, attention_norm: Norm, mlp: MLP, mlp_norm: Norm
+    ) -> None:
+        self.attention = attention
+        self.attention_norm = attention_norm
+        self.mlp = mlp
+        self.mlp_norm = mlp_norm
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, positions: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        residual += x
+        residual += self.attention_norm(self.attention(residual, positions, batch))
+        return self.mlp_norm(self.mlp(residual, batch))
+
+
+class ParallelLayer(Layer):
+    """Attention and MLP beside each other, behind one norm."""
+
+    def __init__(self, norm: Norm, attention: Attention, mlp: MLP) -> None:
+        self.norm = norm
+        self.attention = attention
+        self.mlp = mlp
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, positions: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        x = self.norm.add(x, residual)
+        return self.attention(x, positions, batch) + self.mlp(x, batch)
+
+
+class ParallelNormsLayer(PreNormLayer):
+    """Attention and MLP beside each other, behind norms of their own."""
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, positions: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        x = self.attention(self.attention_norm.add(x, residual), positions, batch)
+        return x + self.mlp(self.mlp_norm(residual), batch)
+
+
+def activation(config: Any, field: str) -> Activation:
+    """The one that a field of the config names. Raises ValueError if it is not supported."""
+    return _find(ACTIVATIONS, config, field)
+
+
+def gated_activation(config: Any, field: str) -> Activation:
+    """[num_tokens, 2 * size] -> [num_tokens, size]: of the first half, times the second.
+
+    Raises ValueError for one that is not supported.
+    """
+    return _find(GATED_ACTIVATIONS, config, field)
+
+
+def _find(activations: dict[str, Activation], config: Any, field: str) -> Activation:
+    name = getattr(config, field)
+    if name not in activations:
+        raise ValueError(
+            f"{field}={name!r} of this model is not supported: it must be one of "
+            + ", ".join(activations)
+        )
+    return activations[name]

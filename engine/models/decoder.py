@@ -12,7 +12,16 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from loraplex.engine.models.blocks import ForwardBatch, Heads, Layer
+from loraplex.engine.models.blocks import (
+    MLP,
+    Attention,
+    ForwardBatch,
+    Heads,
+    HeadSplit,
+    Layer,
+    activation,
+    gated_activation,
+)
 from loraplex.engine.models.config import head_dim, num_kv_heads
 from loraplex.engine.models.layers import Linear, Module, Norm, RMSNorm
 from loraplex.engine.models.rope import Rope, RotaryPositions, rope_cos_sin_cache
@@ -28,8 +37,14 @@ class Decoder(Module):
     EMBEDDING: ClassVar[str] = "model.embed_tokens"
     FINAL_NORM: ClassVar[str] = "model.norm"
     HEAD: ClassVar[str] = "lm_head"
+    # Of the attention's projections, and of a gated MLP's first: one for each, or one for all.
+    QKV: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+    OUT: ClassVar[str] = "o_proj"
+    GATE_UP: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
     # Checkpoint tensors that carry nothing: tables computed anew.
     IGNORED_SUFFIXES: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
+    # What tensors' names begin with in older checkpoints, and in newer ones.
+    OTHER_PREFIXES: ClassVar[Mapping[str, str]] = {}
     # The values that are honoured, for fields of the config where not all are.
     SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
@@ -70,11 +85,26 @@ class Decoder(Module):
         """The positions of the layers that have no others."""
         return RotaryPositions(rope_cos_sin_cache(self.config, self.max_model_len))
 
+    def rope_of(self, index: int) -> Rope:
+        return self.rope
+
+    def make_split(self, prefix: str) -> HeadSplit:
+        """How q, k and v come out of their projection."""
+        return HeadSplit(self.heads)
+
     def make_norm(self, name: str, size: int) -> Norm:
         return RMSNorm(name, size, self.config.rms_norm_eps, self.dtype)
 
     def make_head(self) -> Linear:
         return self.linear("", self.config.hidden_size, {self.HEAD: self.config.vocab_size})
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return getattr(self.config, "attention_bias", False)
+
+    @property
+    def has_out_bias(self) -> bool:
+        return self.has_qkv_bias
 
     @property
     def scale(self) -> float:
@@ -100,6 +130,37 @@ class Decoder(Module):
         self, prefix: str, in_features: int, out_features: dict[str, int], has_bias: bool = False
     ) -> Linear:
         return Linear(prefix, in_features, out_features, self.dtype, has_bias)
+
+    def make_attention(self, index: int, prefix: str) -> Attention:
+        hidden, q_size, kv_size = self.config.hidden_size, self.heads.q_size, self.heads.kv_size
+        return Attention(
+            index,
+            self.linear(
+                prefix, hidden, _widths(self.QKV, q_size, kv_size, kv_size), self.has_qkv_bias
+            ),
+            self.make_split(prefix),
+            self.rope_of(index),
+            self.linear(prefix, q_size, {self.OUT: hidden}, self.has_out_bias),
+            self.window(index),
+        )
+
+    def gated_mlp(self, prefix: str, activation_field: str, has_bias: bool = False) -> MLP:
+        hidden, size = self.config.hidden_size, self.config.intermediate_size
+        return MLP(
+            self.linear(prefix, hidden, _widths(self.GATE_UP, size, size), has_bias),
+            gated_activation(self.config, activation_field),
+            self.linear(prefix, size, {"down_proj": hidden}, has_bias),
+        )
+
+    def plain_mlp(
+        self, prefix: str, up: str, down: str, activation_field: str, has_bias: bool
+    ) -> MLP:
+        hidden, size = self.config.hidden_size, self.config.intermediate_size
+        return MLP(
+            self.linear(prefix, hidden, {up: size}, has_bias),
+            activation(self.config, activation_field),
+            self.linear(prefix, size, {down: hidden}, has_bias),
+        )
 
     def window(self, index: int) -> int | None:
         """The sliding window of a layer, by the config's layer_types if it has them."""
@@ -127,6 +188,13 @@ class Decoder(Module):
             if name != "lm_head" or not self.is_tied:
                 yield from part.named_weights()
 
+    def current_name(self, name: str) -> str:
+        """What named_weights calls a tensor that an older checkpoint has by another name."""
+        for old, new in self.OTHER_PREFIXES.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
     def is_ignored(self, name: str) -> bool:
         """Whether a checkpoint tensor without a place is left out knowingly."""
         is_copy = self.is_tied and name == f"{self.HEAD}.weight"
@@ -144,3 +212,8 @@ class Decoder(Module):
         for layer in self.layers:
             x = layer(x, residual, positions, batch)
         return self.norm.add(x, residual)
+
+
+def _widths(names: tuple[str, ...], *sizes: int) -> dict[str, int]:
+    """Rows by name of checkpoint tensor, where one name stands for all."""
+    return {names[0]: sum(sizes)} if len(names) == 1 else dict(zip(names, sizes, strict=True))

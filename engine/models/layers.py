@@ -158,4 +158,19 @@ class LayerNorm(Module):
         return self(residual)
 
 
+class PerHeadLayerNorm(LayerNorm):
+    """A layer norm without bias for each head, by weights of its own."""
+
+    def __init__(
+        self, name: str, num_heads: int, head_dim: int, eps: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__(name, head_dim, eps, dtype, has_bias=False)
+        self.weight = torch.empty(num_heads, head_dim, dtype=dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x and the result: [num_tokens, num_heads, head_dim]."""
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return (self.weight * normed).to(x.dtype)
+
+
 Norm = RMSNorm | LayerNorm

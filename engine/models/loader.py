@@ -16,6 +16,7 @@ from loraplex.engine.models.weights import NamedPlaces, Place
 
 class LoadableModel(Protocol):
     def named_weights(self) -> NamedPlaces: ...
+    def current_name(self, name: str) -> str: ...
     def is_ignored(self, name: str) -> bool: ...
     def finish_loading(self) -> None: ...
 
@@ -46,10 +47,11 @@ def load_weights(model: LoadableModel, path: Path) -> None:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    place = places.pop(name, None)
+                    current_name = model.current_name(name)
+                    place = places.pop(current_name, None)
                     if place is not None:
                         copy_to_place(name, tensors.get_tensor(name), place)
-                    elif not (model.is_ignored(name) or _adds_nothing(name, tensors)):
+                    elif not (model.is_ignored(current_name) or _adds_nothing(name, tensors)):
                         leftover.append(name)
         except SafetensorError as error:
             raise ValueError(f"{file} can't be read as safetensors: {error}") from error

@@ -7,6 +7,7 @@ before it. All compute in float32 and round once.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from loraplex import native
 
@@ -70,3 +71,23 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     native.silu_and_mul(out, gate_up)
     return out
+
+
+# Not hot in the models that are measured, and in plain torch: rounded after the activation, too.
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Semantics: gelu(x, approximate="tanh")"""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_and_mul(gate_up: Tensor) -> Tensor:
+    """Semantics: gate, up = gate_up.chunk(2, -1); gelu(gate) * up"""
+    gate, up = gate_up.chunk(2, -1)
+    return F.gelu(gate) * up
+
+
+def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
+    """Semantics: gate, up = gate_up.chunk(2, -1); gelu_tanh(gate) * up"""
+    gate, up = gate_up.chunk(2, -1)
+    return gelu_tanh(gate) * up

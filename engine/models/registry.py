@@ -8,17 +8,28 @@ from typing import Any
 import torch
 
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.models.cohere import Cohere2ForCausalLM, CohereForCausalLM
 from loraplex.engine.models.config import read_model_config, resolve_dtype, resolve_kv_dtype
 from loraplex.engine.models.decoder import Decoder
+from loraplex.engine.models.falcon import FalconForCausalLM
+from loraplex.engine.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM
+from loraplex.engine.models.gpt2 import GPT2LMHeadModel
+from loraplex.engine.models.gpt_neox import GPTNeoXForCausalLM
+from loraplex.engine.models.granite import GraniteForCausalLM
 from loraplex.engine.models.llama import (
     LlamaForCausalLM,
     MistralForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    SmolLM3ForCausalLM,
 )
 from loraplex.engine.models.loader import fill_dummy_weights, load_weights
 from loraplex.engine.models.locate import locate_model
+from loraplex.engine.models.olmo2 import Olmo2ForCausalLM
+from loraplex.engine.models.phi import Phi3ForCausalLM, PhiForCausalLM
 from loraplex.engine.models.quantization.methods import find_method, quantise
+from loraplex.engine.models.stablelm import StableLmForCausalLM
+from loraplex.engine.models.starcoder2 import Starcoder2ForCausalLM
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
 
 Model = Decoder
@@ -29,6 +40,21 @@ ARCHITECTURES: dict[str, type[Model]] = {
         MistralForCausalLM,
         Qwen2ForCausalLM,
         Qwen3ForCausalLM,
+        SmolLM3ForCausalLM,
+        GemmaForCausalLM,
+        Gemma2ForCausalLM,
+        Gemma3ForCausalLM,
+        PhiForCausalLM,
+        Phi3ForCausalLM,
+        Starcoder2ForCausalLM,
+        GPT2LMHeadModel,
+        GPTNeoXForCausalLM,
+        FalconForCausalLM,
+        Olmo2ForCausalLM,
+        GraniteForCausalLM,
+        CohereForCausalLM,
+        Cohere2ForCausalLM,
+        StableLmForCausalLM,
     )
 }
 

@@ -36,7 +36,6 @@ def parse(**values):
         ("megatron_config", {"hidden": 1}, "off"),
         ("layer_replication", [[0, 4], [2, 5]], "off"),
         ("trainable_token_indices", [1], "off"),
-        ("fan_in_fan_out", True, "off"),
         ("target_parameters", ["experts.gate_up_proj"], "off"),
         ("arrow_config", {"top_k": 3}, "off"),
         ("kasa_config", {"beta": 1}, "off"),

@@ -22,10 +22,17 @@ SIZES = {
     "num_key_value_heads": 1,
     "head_dim": 80,
     "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + 0.01 * i for i in range(30)],
+    "long_factor": [1.0 + 0.2 * i for i in range(30)],
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "Llama 2": {"model_type": "llama"},
@@ -40,16 +47,112 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "qwen2", "head_dim": None, "hidden_size": 288, "num_key_value_heads": 3,
         "use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1,
     },
-    "Qwen3": {"model_type": "qwen3", "hidden_size": 112, "num_attention_heads": 7, "head_dim": 96},
+    "Qwen3": {
+        "model_type": "qwen3", "hidden_size": 112, "num_attention_heads": 7, "head_dim": 96,
+    },
+    "SmolLM3": {
+        "model_type": "smollm3", "head_dim": None, "hidden_size": 240, "no_rope_layers": [1, 0],
+    },
+    "Gemma": {"model_type": "gemma", "pad_token_id": 2},
+    "Gemma 2": {
+        "model_type": "gemma2", "sliding_window": 13, "query_pre_attn_scalar": 50,
+        "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0,
+    },
+    "Gemma 3": {
+        "model_type": "gemma3_text", "sliding_window": 13, "query_pre_attn_scalar": 50,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+        },
+    },
+    "Phi-2": {
+        "model_type": "phi", "head_dim": None, "hidden_size": 240, "num_key_value_heads": 3,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.4,
+        },
+    },
+    "Phi-2, norms on q and k": {
+        "model_type": "phi", "head_dim": None, "hidden_size": 240, "qk_layernorm": True,
+    },
+    "Phi-3": {
+        "model_type": "phi3", "head_dim": None, "hidden_size": 288, "num_key_value_heads": 3,
+        "sliding_window": 13, "max_position_embeddings": 128,
+    },
+    "Phi-3, short factors of a long context": {
+        "model_type": "phi3", "head_dim": None, "hidden_size": 240,
+        "original_max_position_embeddings": 60, "rope_parameters": {
+            **LONG_ROPE, "original_max_position_embeddings": 60,
+        },
+    },
+    "Phi-3, long factors": {
+        "model_type": "phi3", "head_dim": None, "hidden_size": 240,
+        "original_max_position_embeddings": 4, "rope_parameters": {
+            **LONG_ROPE, "original_max_position_embeddings": 4,
+        },
+    },
+    "StarCoder2": {
+        "model_type": "starcoder2", "head_dim": None, "hidden_size": 240, "sliding_window": 13,
+    },
+    "GPT-2": {
+        "model_type": "gpt2", "head_dim": None, "hidden_size": 240, "num_key_value_heads": None,
+        "intermediate_size": None,
+    },
+    "GPT-NeoX": {
+        "model_type": "gpt_neox", "head_dim": None, "hidden_size": 240,
+        "num_key_value_heads": None, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25,
+        },
+    },
+    "GPT-NeoX, one after the other": {
+        "model_type": "gpt_neox", "head_dim": None, "hidden_size": 288,
+        "num_key_value_heads": None, "use_parallel_residual": False,
+    },
+    "Falcon 7B": {
+        "model_type": "falcon", "head_dim": None, "hidden_size": 240,
+        "num_key_value_heads": None, "intermediate_size": None,
+    },
+    "Falcon 40B": {
+        "model_type": "falcon", "head_dim": None, "hidden_size": 576, "num_attention_heads": 6,
+        "num_key_value_heads": None, "num_kv_heads": 2, "intermediate_size": None,
+        "new_decoder_architecture": True, "tie_word_embeddings": False,
+    },
+    "Falcon, one after the other": {
+        "model_type": "falcon", "head_dim": None, "hidden_size": 240,
+        "num_key_value_heads": None, "intermediate_size": None, "multi_query": False,
+        "parallel_attn": False, "bias": True,
+    },
+    "OLMo 2": {"model_type": "olmo2", "head_dim": None, "hidden_size": 240},
+    "Granite": {
+        "model_type": "granite", "head_dim": None, "hidden_size": 240,
+        "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
+        "attention_multiplier": 0.015625,
+    },
+    "Command-R": {
+        "model_type": "cohere", "head_dim": None, "hidden_size": 240, "logit_scale": 0.0625,
+    },
+    "Command-R+": {
+        "model_type": "cohere", "head_dim": None, "hidden_size": 240, "use_qk_norm": True,
+    },
+    "Command-R7B": {
+        "model_type": "cohere2", "hidden_size": 112, "num_attention_heads": 7,
+        "sliding_window": 13, "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "StableLM": {
+        "model_type": "stablelm", "head_dim": None, "hidden_size": 240, "use_qkv_bias": True,
+        "num_key_value_heads": 3,
+    },
+    "StableLM 2 12B": {
+        "model_type": "stablelm", "head_dim": None, "hidden_size": 288, "qk_layernorm": True,
+        "use_parallel_residual": True,
+    },
 }  # fmt: skip
 
 
 def tiny_config(case: str) -> PreTrainedConfig:
     """The transformers config of a case."""
     values = {name: value for name, value in {**SIZES, **CASES[case]}.items() if value is not None}
-    return AutoConfig.for_model(
-        **values, bos_token_id=0, eos_token_id=1, pad_token_id=None, dtype="float32"
-    )
+    return AutoConfig.for_model(**{"pad_token_id": None, **values}, dtype="float32")
 
 
 def write_tiny_model(config: PreTrainedConfig, directory: Path) -> dict[str, Path]:

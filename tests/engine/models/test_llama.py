@@ -159,7 +159,7 @@ def test_unreadable_checkpoints_are_refused(one_shard):
             ["MambaForCausalLM"],
             "MambaForCausalLM.*must be one of LlamaForCausalLM",
         ),
-        ("hidden_act", "gelu", "hidden_act='gelu'"),
+        ("hidden_act", "tanh", "hidden_act='tanh' .* one of gelu"),
         ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "dynamic"),
     ],
 )

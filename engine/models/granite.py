@@ -1,0 +1,56 @@
+"""Granite 3."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from loraplex.engine.models.blocks import MLP, Attention, ForwardBatch, Layer, PreNormLayer
+from loraplex.engine.models.layers import Norm
+from loraplex.engine.models.llama import LlamaForCausalLM
+
+Tensor = torch.Tensor
+
+
+class GraniteForCausalLM(LlamaForCausalLM):
+    """Llama with factors on embeddings, attention scores, what blocks add, and logits."""
+
+    def make_layer(self, index: int, prefix: str) -> Layer:
+        hidden = self.config.hidden_size
+        return _GraniteLayer(
+            self.config.residual_multiplier,
+            self.make_norm(f"{prefix}input_layernorm", hidden),
+            self.make_attention(index, f"{prefix}self_attn."),
+            self.make_norm(f"{prefix}post_attention_layernorm", hidden),
+            self.make_mlp(f"{prefix}mlp."),
+        )
+
+    @property
+    def scale(self) -> float:
+        return self.config.attention_multiplier
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.embedding) * self.config.embedding_multiplier
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden) / self.config.logits_scaling
+
+
+class _GraniteLayer(PreNormLayer):
+    def __init__(
+        self,
+        multiplier: float,
+        attention_norm: Norm,
+        attention: Attention,
+        mlp_norm: Norm,
+        mlp: MLP,
+    ) -> None:
+        super().__init__(attention_norm, attention, mlp_norm, mlp)
+        self.multiplier = multiplier
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, positions: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        x = self.attention(self.attention_norm.add(x, residual), positions, batch)
+        x = self.mlp_norm.add(x * self.multiplier, residual)
+        return self.mlp(x, batch) * self.multiplier
