@@ -20,6 +20,7 @@ from loraplex.engine.core import EngineCore
 from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.step import FinishedStep, StepBatch, StepResult
+from loraplex.lora.spec import AdapterTraits
 
 VOCAB_SIZE = 32_000
 
@@ -30,11 +31,8 @@ class NullStore:
     def num_pages(self, version, path):
         return 2
 
-    def max_rank(self, version):
-        return 16
-
-    def module_mask(self, version):
-        return 1
+    def traits(self, version):
+        return AdapterTraits(max_rank=16, module_mask=1)
 
     def fingerprint(self, path):
         return path

@@ -16,6 +16,7 @@ from loraplex.benchmarks.workloads import LLAMA_3_VOCAB_SIZE
 from loraplex.engine.request import ModelInfo
 from loraplex.engine.step import StepBatch, StepResult
 from loraplex.lora.recipe import Recipe
+from loraplex.lora.spec import AdapterTraits
 
 NUM_LAYERS, HIDDEN_SIZE = 32, 4096
 # Of adapters, that a step waits for to be copied: as loraplex.engine.device has it.
@@ -111,11 +112,8 @@ class SimulatedStore:
     def num_pages(self, version: bytes, recipe: Recipe) -> int:
         return self._device.costs.adapter_pages
 
-    def max_rank(self, version: bytes) -> int:
-        return 16
-
-    def module_mask(self, version: bytes) -> int:
-        return 1
+    def traits(self, version: bytes) -> AdapterTraits:
+        return AdapterTraits(max_rank=16, module_mask=1)
 
     def fingerprint(self, path: str) -> str:
         return path

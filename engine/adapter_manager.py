@@ -23,6 +23,7 @@ import numpy.typing as npt
 from loraplex.engine.page_pool import PagePool, PageState
 from loraplex.engine.request import LoRARequest
 from loraplex.lora.recipe import MergeRecipe, Recipe
+from loraplex.lora.spec import AdapterTraits
 
 
 class AdapterStore(Protocol):
@@ -34,11 +35,8 @@ class AdapterStore(Protocol):
         Starts reading where nobody has yet. Raises ValueError if the adapter cannot be served.
         """
 
-    def max_rank(self, version: bytes) -> int:
-        """The largest rank of an adapter that is in host memory."""
-
-    def module_mask(self, version: bytes) -> int:
-        """Bit m is set if an adapter that is in host memory targets module m in any layer."""
+    def traits(self, version: bytes) -> AdapterTraits:
+        """Of an adapter that is in host memory."""
 
     def copy_to_pages(
         self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool
@@ -65,8 +63,6 @@ class Adapter:
     __slots__ = (
         "copy",
         "lora_request",
-        "max_rank",
-        "module_mask",
         "num_users",
         "num_uses",
         "page_table",
@@ -74,6 +70,7 @@ class Adapter:
         "recipe",
         "residency",
         "sort_key",
+        "traits",
         "version",
     )
 
@@ -88,8 +85,7 @@ class Adapter:
         self.residency = Residency.ABSENT
         self.pages: list[int] = []
         self.page_table: npt.NDArray[np.int32] = np.empty(0, np.int32)
-        self.max_rank = 0
-        self.module_mask = 0
+        self.traits = AdapterTraits(max_rank=0, module_mask=0)
         self.num_users = 0
         """Running requests that use it."""
         self.num_uses = 0
@@ -161,8 +157,7 @@ class AdapterManager:
             return False
         adapter.pages = sorted(pages)
         adapter.page_table = np.array(adapter.pages, np.int32)
-        adapter.max_rank = self._store.max_rank(adapter.version)
-        adapter.module_mask = self._store.module_mask(adapter.version)
+        adapter.traits = self._store.traits(adapter.version)
         # The step before this one may be in flight, not one before that.
         after_steps = self._pool.last_used(pages) >= self._pool.clock - 1
         is_awaited = num_pages <= self._num_awaitable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from loraplex import native
 from loraplex.attention.backend import AttentionBackend, get_backend
 from loraplex.attention.metadata import AttentionShape
+from loraplex.engine.base_linears import ModelLinears
 from loraplex.engine.config import GIB, EngineConfig
 from loraplex.engine.gpu_runner import MAX_GRAPH_TOKENS, GpuModelRunner
 from loraplex.engine.model_runner import ModelRunner
@@ -29,7 +31,7 @@ from loraplex.engine.tokenizer import read_eos_token_ids
 from loraplex.lora.host_store import HostAdapterStore
 from loraplex.lora.peft_config import adapter_fingerprint
 from loraplex.lora.recipe import Recipe
-from loraplex.lora.spec import BaseModelSpec
+from loraplex.lora.spec import AdapterTraits, BaseModelSpec
 
 MAX_DEFAULT_POOL_BYTES = 4 * GIB
 DEFAULT_POOL_SHARE = 0.4
@@ -52,11 +54,8 @@ class PooledAdapters:
         image = self._store.get(version, recipe)
         return None if image is None else image.num_pages
 
-    def max_rank(self, version: bytes) -> int:
-        return self._store.image(version).max_rank
-
-    def module_mask(self, version: bytes) -> int:
-        return self._store.image(version).module_mask
+    def traits(self, version: bytes) -> AdapterTraits:
+        return self._store.image(version).traits
 
     def copy_to_pages(
         self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool
@@ -127,8 +126,9 @@ class TorchDevice:
                 model, hf_config, spec, backend, memory, config.block_size, kv_dtype
             )
         self.num_pages = len(memory)
+        linears = ModelLinears(self.runner.linears, like=model.embedding)
         self._store = HostAdapterStore(
-            spec,
+            replace(spec, linears=linears),
             self.page_bytes,
             dtype,
             capacity_bytes=config.host_adapter_bytes,

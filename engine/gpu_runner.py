@@ -20,12 +20,18 @@ from loraplex import native
 from loraplex.attention.backend import AttentionBackend
 from loraplex.attention.metadata import AttentionMetadata
 from loraplex.engine import sampler
-from loraplex.engine.model_runner import DeviceBatch, make_kv_caches, score_prompt, wrap_linears
+from loraplex.engine.model_runner import (
+    DeviceBatch,
+    make_kv_caches,
+    score_prompt,
+    with_vectors,
+    wrap_linears,
+)
 from loraplex.engine.models.registry import Model
 from loraplex.engine.request import TokenLogprobs
 from loraplex.engine.staging import StagingBuffer
 from loraplex.engine.step import StepBatch, StepResult
-from loraplex.lora.layers import CudaLoRABatch
+from loraplex.lora.layers import CudaLoRABatch, LoRABatch
 from loraplex.lora.plan import ITEM_FIELDS, MAX_RANK, SPLITS, max_items, plan_items
 from loraplex.lora.spec import BaseModelSpec
 
@@ -100,7 +106,8 @@ class GpuModelRunner:
         self._max_num_seqs = max_num_seqs
         self._max_num_tokens = max_num_batched_tokens
         self._device = model.embedding.device
-        self._most_modules = wrap_linears(model, spec)
+        self.linears = wrap_linears(model, spec)
+        self._most_modules = max(len(linear.modules) for linear in self.linears)
         most_items = max_items(max_num_seqs, max_num_batched_tokens)
         self._inputs = StagingBuffer(
             {
@@ -198,18 +205,19 @@ class GpuModelRunner:
         attention = self._backend.plan(self._metadata(batch, bucket))
         self._inputs.upload()
         self._uploaded.record()
-        run = self._forward if bucket is None else self._run_bucket
-        hidden = run(num_tokens if bucket is None else bucket, attention, batch.module_mask)
+        num_rows = num_tokens if bucket is None else bucket
+        if bucket is None or batch.vector_mask or not self._graphs:
+            hidden = self._forward(num_rows, attention, batch.module_mask, batch)
+        else:
+            hidden = self._replay(num_rows, batch.module_mask)
         prompt_logprobs = [
             score_prompt(self._model, span, hidden) for span in batch.prompt_logprobs
         ]
         rows = self._inputs.device["logits_rows"][: len(batch.logits_rows)]
         return self._sample(batch, self._model.logits(hidden[rows]), prompt_logprobs)
 
-    def _run_bucket(self, bucket: int, attention: Any, module_mask: int) -> Tensor:
-        """Hidden states of a padded step, by its graph if there is one."""
-        if not self._graphs:
-            return self._forward(bucket, attention, module_mask)
+    def _replay(self, bucket: int, module_mask: int) -> Tensor:
+        """Hidden states of a padded step, by its graph."""
         mask = next(m for m in self._graph_masks if not module_mask & ~m)
         captured = self._graphs[bucket, mask]
         captured.graph.replay()
@@ -257,14 +265,23 @@ class GpuModelRunner:
             graph_num_tokens=bucket,
         )
 
-    def _forward(self, num_tokens: int, attention: Any, module_mask: int) -> Tensor:
-        """Hidden states [num_tokens, hidden] of the rows in the input buffers."""
+    def _forward(
+        self, num_tokens: int, attention: Any, module_mask: int, step: StepBatch | None = None
+    ) -> Tensor:
+        """Hidden states [num_tokens, hidden] of the rows in the input buffers.
+
+        Of the step itself, which no graph has, it takes what adapters with vectors need.
+        """
         device = self._inputs.device
         slots = device["token_slots"][:num_tokens]
         token_ids = torch.where(
             slots < 0, device["token_ids"][:num_tokens], self._last_token[slots.clamp(min=0)]
         )
-        lora = self._lora_batch(num_tokens, module_mask) if module_mask else None
+        lora: LoRABatch | None = None
+        if module_mask:
+            lora = self._lora_batch(num_tokens, module_mask)
+        if lora is not None and step is not None and step.vector_mask:
+            lora = with_vectors(lora, step, self._pool_memory, self._model.embedding, self._spec)
         batch = DeviceBatch(attention=attention, kv_caches=self._kv_caches, lora=lora)
         return self._model.forward(token_ids, device["positions"][:num_tokens], batch)
 

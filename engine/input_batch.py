@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,6 @@ class InputBatch:
         )
         self._token_ids[sampled_slots, seq_lens[sampled]] = PENDING
         self._num_tokens[sampled_slots] += 1
-        segment_indptr, page_tables, max_rank, module_mask = _lora_segments(requests, cu_seqlens_q)
         return StepBatch(
             requests=requests,
             num_new_tokens=num_new_tokens,
@@ -90,10 +90,7 @@ class InputBatch:
             block_table=self._block_table[slots, :most_blocks],
             slot_mapping=self._block_table[row_slots, blocks] * np.int64(self._block_size)
             + offsets,
-            segment_indptr=segment_indptr,
-            page_tables=page_tables,
-            max_rank=max_rank,
-            module_mask=module_mask,
+            **_lora_segments(requests, cu_seqlens_q),
             sampled=sampled,
             sampled_slots=sampled_slots.astype(np.int32),
             logits_rows=cu_seqlens_q[1:][sampled].astype(np.int64) - 1,
@@ -132,10 +129,8 @@ class InputBatch:
         self._sampling.add(slot, request.wire)
 
 
-def _lora_segments(
-    requests: list[Request], cu_seqlens_q: Int32Array
-) -> tuple[Int32Array, Int32Array, int, int]:
-    """Runs of requests with one adapter: (segment_indptr, page_tables, max_rank, module_mask)."""
+def _lora_segments(requests: list[Request], cu_seqlens_q: Int32Array) -> dict[str, Any]:
+    """Runs of requests with one adapter, as StepBatch has them."""
     indptr = [0]
     adapters: list[Adapter] = []
     for request, end in zip(requests, cu_seqlens_q[1:].tolist(), strict=True):
@@ -150,9 +145,15 @@ def _lora_segments(
     page_tables = np.zeros((len(adapters), most_pages), np.int32)
     for row, adapter in enumerate(adapters):
         page_tables[row, : len(adapter.pages)] = adapter.page_table
-    max_rank = max((a.max_rank for a in adapters), default=0)
-    module_mask = reduce(or_, (a.module_mask for a in adapters), 0)
-    return np.array(indptr, np.int32), page_tables, max_rank, module_mask
+    traits = [adapter.traits for adapter in adapters]
+    return {
+        "segment_indptr": np.array(indptr, np.int32),
+        "page_tables": page_tables,
+        "max_rank": max((t.max_rank for t in traits), default=0),
+        "module_mask": reduce(or_, (t.module_mask for t in traits), 0),
+        "vector_segments": np.flatnonzero([t.vector_mask for t in traits]),
+        "vector_mask": reduce(or_, (t.vector_mask for t in traits), 0),
+    }
 
 
 def _prompt_logprobs_spans(

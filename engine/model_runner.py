@@ -15,6 +15,7 @@ from loraplex.engine.request import TokenLogprobs
 from loraplex.engine.step import FinishedStep, PromptLogprobsSpan, StepBatch, StepResult
 from loraplex.lora.layers import CpuLoRABatch, LinearWithLoRA, LoRABatch
 from loraplex.lora.spec import BaseModelSpec
+from loraplex.lora.vectors import VectorBatch
 
 # Rows of prompt logits computed at a time: a row of logits is as large as the vocabulary.
 PROMPT_LOGITS_ROWS = 256
@@ -60,7 +61,8 @@ class ModelRunner:
         self._pool_memory = pool_memory
         self._spec = spec
         self._kv_caches = make_kv_caches(pool_memory, hf_config, block_size, kv_dtype)
-        self._most_modules = wrap_linears(model, spec)
+        self.linears = wrap_linears(model, spec)
+        self._most_modules = max(len(linear.modules) for linear in self.linears)
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> FinishedStep:
@@ -85,17 +87,20 @@ class ModelRunner:
             StepResult(sampled.token_ids.tolist(), sampled.logprobs, prompt_logprobs)
         )
 
-    def _lora_batch(self, batch: StepBatch) -> CpuLoRABatch | None:
+    def _lora_batch(self, batch: StepBatch) -> LoRABatch | None:
         if batch.max_rank == 0:
             return None
         num_rows = int(batch.segment_indptr[-1])
-        return CpuLoRABatch(
+        lora = CpuLoRABatch(
             pool=self._pool_memory,
             segment_indptr=torch.from_numpy(batch.segment_indptr),
             page_tables=torch.from_numpy(batch.page_tables),
             num_modules=self._spec.num_modules,
             shrunk=torch.empty(num_rows, self._most_modules, batch.max_rank),
         )
+        if batch.vector_mask == 0:
+            return lora
+        return with_vectors(lora, batch, self._pool_memory, self._model.embedding, self._spec)
 
 
 def make_kv_caches(
@@ -121,18 +126,38 @@ def score_prompt(
     return scores
 
 
-def wrap_linears(model: Model, spec: BaseModelSpec) -> int:
-    """Let adapters attach to every linear; returns the most modules that one linear fuses."""
+def with_vectors(
+    lora: LoRABatch,
+    batch: StepBatch,
+    pool_memory: torch.Tensor,
+    like: torch.Tensor,
+    spec: BaseModelSpec,
+) -> VectorBatch:
+    """The adapters of a step of which some have gains and offsets; `like` has the model's dtype."""
+    return VectorBatch(
+        lora,
+        pool_memory,
+        like.itemsize,
+        spec,
+        batch.segment_indptr,
+        batch.page_tables,
+        batch.vector_segments,
+        batch.vector_mask,
+    )
+
+
+def wrap_linears(model: Model, spec: BaseModelSpec) -> list[LinearWithLoRA]:
+    """Let adapters attach to every linear."""
     module_ids = {module.path: index for index, module in enumerate(spec.modules)}
-    most_modules = 0
+    wrapped = []
     for index, layer in enumerate(model.layers):
         for owner, name, linear in list(layer.linears()):
             paths = linear.paths(f"{spec.layer_path}.{index}.")
             modules = [module_ids[path] for path in paths.values()]
             widths = list(linear.out_features.values())
-            setattr(owner, name, LinearWithLoRA(linear, index, modules, widths))
-            most_modules = max(most_modules, len(modules))
-    return most_modules
+            wrapped.append(LinearWithLoRA(linear, index, modules, widths))
+            setattr(owner, name, wrapped[-1])
+    return wrapped
 
 
 def _attention_metadata(batch: StepBatch) -> AttentionMetadata:

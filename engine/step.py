@@ -66,6 +66,9 @@ class StepBatch:
     max_rank: int
     module_mask: int
     """Bit m is set if any adapter here targets module m."""
+    vector_segments: Int64Array  # [V], of adapters with gains and offsets; as a rule there is none
+    vector_mask: int
+    """Bit m is set if any of them has vectors for module m."""
 
     # Sampling: requests[i] for i in sampled get a token, from the logits of logits_rows. The
     # device keeps the last sampled token of each slot, for the token_slots of later steps.

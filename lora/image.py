@@ -3,16 +3,18 @@
 A tile is [TILE_RANKS, TILE_COLUMNS] elements of the model's dtype, row-major. Tile t lives in page
 t // tiles_per_page of the image, at byte (t % tiles_per_page) * tile_bytes: a tile never crosses a
 page, and what is left at a page's end stays unused. The first tiles hold the header, int32
-[num_layers, num_modules, 4] = (a_tile, b_tile, rank, 0); rank 0: the module has no adapter. A
-[rank, in_features] and B transposed [rank, out_features] are each rows of tiles from their first
-tile on, zero padded. Layers follow one another, as the forward pass goes.
+[num_layers, num_modules, 4] = (a_tile, b_tile, rank, vector_tile); rank 0: the module has no
+adapter. A [rank, in_features] and B transposed [rank, out_features] are each rows of tiles from
+their first tile on, zero padded. vector_tile 0: that is all of it. Else two vectors of float32
+[out_features] begin there, its gain and its offset (lora/vectors.py), each in whole tiles, zero
+padded. Layers follow one another, as the forward pass goes.
 """
 
 from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex import native
-from loraplex.lora.spec import AdapterError, BaseModelSpec
+from loraplex.lora.spec import AdapterError, AdapterTraits, BaseModelSpec
 
 TILE_RANKS = 8
 TILE_COLUMNS = 64
@@ -43,6 +45,10 @@ class AdapterWeights:
     """Of the image: the model's."""
     scalings: dict[Place, float] = field(default_factory=dict)
     """What B is to be multiplied with, where that is not 1."""
+    gains: dict[Place, torch.Tensor] = field(default_factory=dict)
+    """float32 [out_features], where a module has one: its output is multiplied by 1 + this."""
+    offsets: dict[Place, torch.Tensor] = field(default_factory=dict)
+    """float32 [out_features], for the same modules: what is added to that."""
 
     @property
     def ranks(self) -> dict[Place, int]:
@@ -65,9 +71,7 @@ class AdapterImage:
 
     buffer: torch.Tensor  # uint8 [num_pages * page_bytes]
     num_pages: int
-    max_rank: int
-    module_mask: int
-    """Bit m is set if module m is targeted in any layer."""
+    traits: AdapterTraits
     dtype: torch.dtype
 
     @property
@@ -92,7 +96,11 @@ def _unpin(buffer: torch.Tensor) -> None:
 
 
 def layout_image(
-    ranks: Mapping[Place, int], spec: BaseModelSpec, page_bytes: int, itemsize: int
+    ranks: Mapping[Place, int],
+    spec: BaseModelSpec,
+    page_bytes: int,
+    itemsize: int,
+    with_vectors: Collection[Place] = (),
 ) -> ImageLayout:
     """Lay out an image for these ranks. Raises ValueError if a page cannot hold the header."""
     tile_bytes = TILE_ELEMENTS * itemsize
@@ -111,7 +119,15 @@ def layout_image(
         b_tile = a_tile + rank_tiles * -(-module.in_features // TILE_COLUMNS)
         num_tiles = b_tile + rank_tiles * -(-module.out_features // TILE_COLUMNS)
         header[layer, module_id, :3] = a_tile, b_tile, rank
+        if (layer, module_id) in with_vectors:
+            header[layer, module_id, 3] = num_tiles
+            num_tiles += 2 * num_vector_tiles(module.out_features, tile_bytes)
     return ImageLayout(header, num_tiles, tiles_per_page, -(-num_tiles // tiles_per_page))
+
+
+def num_vector_tiles(out_features: int, tile_bytes: int) -> int:
+    """Tiles of a gain or an offset."""
+    return -(-out_features * 4 // tile_bytes)
 
 
 def image_num_pages(
@@ -127,7 +143,7 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
     Raises AdapterError if a value is not finite, in the weights or as the image's dtype has it.
     """
     ranks, dtype = weights.ranks, weights.dtype
-    layout = layout_image(ranks, spec, page_bytes, dtype.itemsize)
+    layout = layout_image(ranks, spec, page_bytes, dtype.itemsize, weights.gains)
     buffer = allocate_pages(layout.num_pages * page_bytes)
     matrices, first_tiles, sides, scalings = [], [], [], []
     places = sorted(ranks)
@@ -147,8 +163,35 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
             f"gets them as {dtype} times the scaling {scalings[index]:g}"
         )
     buffer[: layout.header.nbytes] = torch.from_numpy(layout.header.view(np.uint8).reshape(-1))
-    module_mask = sum(1 << module_id for module_id in {module_id for _, module_id in ranks})
-    return AdapterImage(buffer, layout.num_pages, max(ranks.values()), module_mask, dtype)
+    _pack_vectors(weights, spec, layout, pages)
+    traits = AdapterTraits(max(ranks.values()), _mask(ranks), _mask(weights.gains))
+    return AdapterImage(buffer, layout.num_pages, traits, dtype)
+
+
+def _mask(places: Collection[Place]) -> int:
+    """Bits of the modules that are targeted."""
+    return sum(1 << module_id for module_id in {module_id for _, module_id in places})
+
+
+def _pack_vectors(
+    weights: AdapterWeights, spec: BaseModelSpec, layout: ImageLayout, pages: torch.Tensor
+) -> None:
+    slots = _tile_slots(pages.numpy(), layout, weights.dtype)
+    tile_bytes = TILE_ELEMENTS * weights.dtype.itemsize
+    for place, gain in weights.gains.items():
+        vectors = torch.stack([gain, weights.offsets[place]])
+        if not vectors.isfinite().all():
+            raise AdapterError(
+                f"the magnitude or a bias of {spec.module_path(*place)} is not allowed: with the "
+                "base model's weights it gives infinite or NaN values"
+            )
+        num_tiles = num_vector_tiles(len(gain), tile_bytes)
+        padded = np.zeros((2, num_tiles * tile_bytes // 4), np.float32)
+        padded[:, : len(gain)] = vectors.numpy()
+        tiles = layout.header[*place, 3] + np.arange(2 * num_tiles)
+        slots[tiles // layout.tiles_per_page, tiles % layout.tiles_per_page] = padded.view(
+            slots.dtype
+        ).reshape(2 * num_tiles, TILE_ELEMENTS)
 
 
 def allocate_pages(num_bytes: int) -> torch.Tensor:
@@ -170,12 +213,17 @@ def unpack_image(image: AdapterImage, spec: BaseModelSpec) -> AdapterWeights:
     tiles = _tile_slots(pages, layout, image.dtype).reshape(-1, TILE_ELEMENTS)
     weights = AdapterWeights({}, {}, image.dtype)
     for layer, module_id in np.argwhere(header[..., 2]).tolist():
-        a_tile, b_tile, rank, _ = header[layer, module_id].tolist()
+        a_tile, b_tile, rank, vector_tile = header[layer, module_id].tolist()
         module = spec.modules[module_id]
         a = _from_tiles(tiles[a_tile:], rank, module.in_features)
         b = _from_tiles(tiles[b_tile:], rank, module.out_features)
         weights.a[layer, module_id] = torch.from_numpy(a).view(image.dtype)
         weights.b[layer, module_id] = torch.from_numpy(b.T.copy()).view(image.dtype)
+        if vector_tile:
+            num_tiles = num_vector_tiles(module.out_features, tiles[0].nbytes)
+            vectors = tiles[vector_tile : vector_tile + 2 * num_tiles].copy().view(np.float32)
+            gain, offset = torch.from_numpy(vectors).view(2, -1)[:, : module.out_features]
+            weights.gains[layer, module_id], weights.offsets[layer, module_id] = gain, offset
     return weights
 
 

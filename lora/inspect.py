@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,7 +95,25 @@ def _examine(
     spec, page_bytes = base
     report.architecture = spec.architecture
     report.page_bytes = page_bytes
+    spec = replace(spec, linears=_LinearsOfOnes(spec))
     report.num_pages = load_adapter(directory, spec, page_bytes, dtype).num_pages
+
+
+@dataclass(frozen=True)
+class _LinearsOfOnes:
+    """Stands in for weights that are not loaded: all are 1. See loraplex.lora.spec.BaseLinears."""
+
+    spec: BaseModelSpec
+
+    def multiply(self, layer: int, module_id: int, x: torch.Tensor) -> torch.Tensor:
+        return x.sum(1, keepdim=True).expand(-1, self.spec.modules[module_id].out_features)
+
+    def squared_norms(self, layer: int, module_id: int) -> torch.Tensor:
+        module = self.spec.modules[module_id]
+        return torch.full((module.out_features,), float(module.in_features))
+
+    def bias(self, layer: int, module_id: int) -> torch.Tensor:
+        return torch.zeros(self.spec.modules[module_id].out_features)
 
 
 def _module_facts(

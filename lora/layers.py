@@ -78,7 +78,9 @@ class BatchWithLoRA(Protocol):
 
 
 class BaseLinear(Protocol):
-    def __call__(self, x: Tensor, batch: BatchWithLoRA) -> Tensor: ...
+    in_features: int
+
+    def __call__(self, x: Tensor, batch: BatchWithLoRA | None) -> Tensor: ...
 
 
 class LinearWithLoRA:

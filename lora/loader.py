@@ -13,6 +13,7 @@ from loraplex.lora.peft_config import WEIGHTS_FILE, adapter_fingerprint, read_pe
 from loraplex.lora.peft_file import open_weights, read_targeted_modules, read_tensors
 from loraplex.lora.recipe import MergeRecipe, Recipe
 from loraplex.lora.spec import AdapterError, BaseModelSpec
+from loraplex.lora.vectors import add_vectors
 
 
 def load_adapter(
@@ -40,6 +41,8 @@ def read_adapter(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterW
         parts = locate(read_targeted_modules(file, config), spec)
         tensors = read_tensors(directory / WEIGHTS_FILE)
     weights = place_weights(parts, tensors, spec, dtype)
+    for part in parts:
+        add_vectors(weights, part, tensors, spec)
     if adapter_fingerprint(path) != fingerprint:
         raise AdapterError(f"the files in {path!r} changed while they were being read")
     return weights

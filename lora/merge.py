@@ -57,6 +57,11 @@ def merge_adapters(
         )
     if len(adapters) == 1:
         return _multiply(adapters[0], merge.weights[0], dtype)
+    if any(adapter.gains for adapter in adapters):
+        raise AdapterError(
+            "merged_adapters of adapters with DoRA, lora_bias or trained biases is not allowed: "
+            "only A and B can be merged"
+        )
     strategy = merge.strategy
     _check_ranks(adapters, strategy, spec)
     merged = AdapterWeights({}, {}, dtype)
@@ -81,7 +86,11 @@ def merge_adapters(
 
 def _multiply(adapter: AdapterWeights, weight: float, dtype: torch.dtype) -> AdapterWeights:
     scalings = {place: weight * adapter.scalings.get(place, 1.0) for place in adapter.a}
-    return AdapterWeights(adapter.a, adapter.b, dtype, scalings)
+    gains, offsets = (
+        {place: weight * vector for place, vector in vectors.items()}
+        for vectors in (adapter.gains, adapter.offsets)
+    )
+    return AdapterWeights(adapter.a, adapter.b, dtype, scalings, gains, offsets)
 
 
 def _check_ranks(adapters: Sequence[AdapterWeights], strategy: str, spec: BaseModelSpec) -> None:

@@ -55,10 +55,12 @@ UNDERSTOOD_KEYS = frozenset(
         "init_lora_weights",
         "layers_to_transform",
         "lora_alpha",
+        "lora_bias",
         "peft_type",
         "r",
         "rank_pattern",
         "target_modules",
+        "use_dora",
         "use_rslora",
     )
 )
@@ -76,6 +78,11 @@ class PeftConfig:
     rank: int
     alpha: float
     use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    """Whether B has biases."""
+    bias: str
+    """Which of the base model's biases were trained: "none", "lora_only" or "all"."""
     target_modules: str | frozenset[str] | None
     exclude_modules: str | frozenset[str] | None
     layers_to_transform: frozenset[int] | None
@@ -160,8 +167,6 @@ def parse_peft_config(values: Mapping[str, Any]) -> PeftConfig:
     rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
     _check_rank("r", rank)
     _check_number("lora_alpha", alpha)
-    use_rslora = values.get("use_rslora") or False
-    _check("use_rslora", use_rslora, isinstance(use_rslora, bool), "true or false")
     target_modules = _read_modules(values, "target_modules")
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         target_modules = None
@@ -170,7 +175,10 @@ def parse_peft_config(values: Mapping[str, Any]) -> PeftConfig:
         base_model=base_model if isinstance(base_model, str) else None,
         rank=rank,
         alpha=alpha,
-        use_rslora=use_rslora,
+        use_rslora=_read_switch(values, "use_rslora"),
+        use_dora=_read_switch(values, "use_dora"),
+        lora_bias=_read_switch(values, "lora_bias"),
+        bias=values.get("bias") or "none",
         target_modules=target_modules,
         exclude_modules=_read_modules(values, "exclude_modules"),
         layers_to_transform=_read_layers(values),
@@ -195,7 +203,8 @@ def _refuse_what_is_not_served(values: Mapping[str, Any]) -> None:
     peft_type = values.get("peft_type")
     _check("peft_type", peft_type, peft_type == "LORA", "'LORA'")
     bias = values.get("bias", "none")
-    _check("bias", bias, bias in ("none", None), "'none'")
+    allowed = "none", "lora_only", "all", None
+    _check("bias", bias, bias in allowed, "'none', 'lora_only' or 'all'")
     init = values.get("init_lora_weights", True)
     _check(
         "init_lora_weights",
@@ -205,11 +214,17 @@ def _refuse_what_is_not_served(values: Mapping[str, Any]) -> None:
         "weights: convert the adapter to a plain one (save_pretrained with "
         "path_initial_model_for_weight_conversion)",
     )
-    # Whatever else is switched on, known to us or not, changes what the tensors mean: use_dora,
+    # Whatever else is switched on, known to us or not, changes what the tensors mean:
     # modules_to_save, ... and whatever PEFT invents next.
     for key, value in values.items():
         if key not in HARMLESS_KEYS and key not in UNDERSTOOD_KEYS:
             _check(key, value, not value, "left out or off; this engine does not serve it")
+
+
+def _read_switch(values: Mapping[str, Any], name: str) -> bool:
+    value = values.get(name) or False
+    _check(name, value, isinstance(value, bool), "true or false")
+    return value
 
 
 def _read_pattern(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,20 @@ from loraplex.lora.image import allocate_pages
 from loraplex.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from loraplex.lora.spec import AdapterError
 
-TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# What PEFT saves of a module, and what it is called in names of tensors.
+TENSOR_KINDS = {
+    "A": r"lora_A\.weight",
+    "B": r"lora_B\.weight",
+    "magnitude": r"lora_magnitude_vector(\.weight)?",
+    "lora_bias": r"lora_B\.bias",
+    "bias": r"(base_layer\.)?bias",
+}
+VECTOR_NAMES = {"magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+TENSOR_NAME = re.compile(
+    r"base_model\.model\.(?P<module>.+?)\.("
+    + "|".join(f"(?P<{kind}>{pattern})" for kind, pattern in TENSOR_KINDS.items())
+    + ")"
+)
 SERVED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -32,6 +45,8 @@ class TargetedModule:
     out_features: int
     scaling: float
     file_dtype: str
+    vectors: Mapping[str, str]
+    """Names of tensors [out_features] by kind: "magnitude", "lora_bias", "bias"; as a rule none."""
 
     @property
     def tensor_a(self) -> str:
@@ -90,45 +105,71 @@ def read_targeted_modules(file: Any, config: PeftConfig) -> list[TargetedModule]
 
     Raises AdapterError if the tensors are not exactly LoRA pairs as the configuration says.
     """
-    modules: dict[str, dict[str, Any]] = {}
+    modules: dict[str, dict[str, str]] = {}
     for name in file.keys():  # noqa: SIM118 (not a dict)
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
             raise AdapterError(
                 f"tensor {name!r} is not allowed: a LoRA adapter's tensors must be named "
-                "'base_model.model.<module>.lora_A.weight' or '...lora_B.weight'"
+                "'base_model.model.<module>.lora_A.weight' or '...lora_B.weight'; biases and "
+                "magnitudes of such modules may follow"
             )
-        modules.setdefault(match["module"], {})[match["side"]] = file.get_slice(name)
+        kind = next(kind for kind in TENSOR_KINDS if match[kind] is not None)
+        modules.setdefault(match["module"], {})[kind] = name
     if not modules:
         raise AdapterError(f"{WEIGHTS_FILE} holds no tensor")
-    return [_pair(name, sides, config) for name, sides in modules.items()]
+    return [_check_module(name, tensors, config, file) for name, tensors in modules.items()]
 
 
-def _pair(name: str, sides: dict[str, Any], config: PeftConfig) -> TargetedModule:
-    tensors = {side: f"base_model.model.{name}.lora_{side}.weight" for side in "AB"}
-    for side, other in ("AB", "BA"):
-        if side not in sides:
-            raise AdapterError(f"tensor {tensors[other]!r} has no partner {tensors[side]!r}")
+def _check_module(
+    name: str, tensors: dict[str, str], config: PeftConfig, file: Any
+) -> TargetedModule:
+    """tensors: names by kind."""
+    sides = {side: f"base_model.model.{name}.lora_{side}.weight" for side in "AB"}
+    for side, tensor_name in sides.items():
+        if side not in tensors:
+            other = next(iter(tensors.values()))
+            raise AdapterError(f"tensor {other!r} has no partner {tensor_name!r}")
     if not config.targets(name):
         raise AdapterError(
-            f"tensor {tensors['A']!r} belongs to a module that target_modules of {CONFIG_FILE} "
+            f"tensor {sides['A']!r} belongs to a module that target_modules of {CONFIG_FILE} "
             "does not target"
         )
     rank = config.rank_of(name)
-    for side, tensor_name in tensors.items():
-        file_dtype, shape = sides[side].get_dtype(), sides[side].get_shape()
-        if file_dtype not in SERVED_DTYPES:
+    in_features = file.get_slice(sides["A"]).get_shape()[-1:]
+    out_features = file.get_slice(sides["B"]).get_shape()[:1]
+    _check_tensor(sides["A"], file, [rank, *in_features], f"[{rank}, in_features]", rank)
+    _check_tensor(sides["B"], file, [*out_features, rank], f"[out_features, {rank}]", rank)
+    vectors = {kind: tensor for kind, tensor in tensors.items() if kind not in sides}
+    for kind, setting, is_on in (
+        ("magnitude", "use_dora", config.use_dora),
+        ("lora_bias", "lora_bias", config.lora_bias),
+        ("bias", "bias", config.bias != "none"),
+    ):
+        if kind in vectors and not is_on:
             raise AdapterError(
-                f"tensor {tensor_name!r} has dtype {file_dtype}, which is not allowed: it must be "
-                f"one of {', '.join(SERVED_DTYPES)}"
+                f"tensor {vectors[kind]!r} is not allowed: {CONFIG_FILE} has {setting} off"
             )
-        if len(shape) != 2 or shape[0 if side == "A" else 1] != rank:
-            expected = f"[{rank}, in_features]" if side == "A" else f"[out_features, {rank}]"
-            raise AdapterError(
-                f"tensor {tensor_name!r} has shape {shape}, expected {expected}: {CONFIG_FILE} "
-                f"gives this module rank {rank}"
-            )
-    in_features, out_features = sides["A"].get_shape()[1], sides["B"].get_shape()[0]
-    file_dtype = sides["A"].get_dtype()
+        # Not every linear has a bias that may have been trained.
+        if kind not in vectors and is_on and kind != "bias":
+            missing = f"base_model.model.{name}.{VECTOR_NAMES[kind]}"
+            raise AdapterError(f"tensor {missing!r} is missing: {CONFIG_FILE} has {setting} on")
+    for tensor in vectors.values():
+        _check_tensor(tensor, file, out_features, str(out_features), rank)
+    file_dtype = file.get_slice(sides["A"]).get_dtype()
     scaling = config.scaling_of(name)
-    return TargetedModule(name, rank, in_features, out_features, scaling, file_dtype)
+    return TargetedModule(name, rank, in_features[0], out_features[0], scaling, file_dtype, vectors)
+
+
+def _check_tensor(name: str, file: Any, shape: list[int], expected: str, rank: int) -> None:
+    tensor = file.get_slice(name)
+    if tensor.get_dtype() not in SERVED_DTYPES:
+        raise AdapterError(
+            f"tensor {name!r} has dtype {tensor.get_dtype()}, which is not allowed: it must be "
+            f"one of {', '.join(SERVED_DTYPES)}"
+        )
+    if tensor.get_shape() != shape:
+        raise AdapterError(
+            f"tensor {name!r} has shape {tensor.get_shape()}, expected {expected}: {CONFIG_FILE} "
+            f"gives this module rank {rank}"
+        )

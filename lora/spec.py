@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 
 class AdapterError(ValueError):
@@ -25,6 +29,33 @@ class LoRAModule:
     out_features: int
 
 
+class BaseLinears(Protocol):
+    """The base model's weights W and biases, for adapters whose form depends on them.
+
+    All results are float32, in host memory. Called by several threads.
+    """
+
+    def multiply(self, layer: int, module_id: int, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in_features] -> x W^T [rows, out_features]."""
+
+    def squared_norms(self, layer: int, module_id: int) -> torch.Tensor:
+        """Of the rows of W, [out_features]."""
+
+    def bias(self, layer: int, module_id: int) -> torch.Tensor:
+        """[out_features]; zeros if it has none."""
+
+
+@dataclass(frozen=True)
+class AdapterTraits:
+    """What a step with an adapter is planned by."""
+
+    max_rank: int
+    module_mask: int
+    """Bit m is set if module m is targeted in any layer."""
+    vector_mask: int = 0
+    """Bit m is set if module m has a gain and an offset in any layer (lora/vectors.py)."""
+
+
 @dataclass(frozen=True)
 class BaseModelSpec:
     """What a base model offers to adapters. A module's id is its index in `modules`."""
@@ -33,6 +64,8 @@ class BaseModelSpec:
     num_layers: int
     modules: tuple[LoRAModule, ...]
     layer_path: str = "model.layers"
+    linears: BaseLinears | None = field(default=None, compare=False, repr=False)
+    """None: only what fits is known, so that adapters that need them can't be loaded."""
 
     @property
     def num_modules(self) -> int:

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import Oracle
 from safetensors.torch import load_file, save_file
-from tiny_model import check_against_peft, tiny_llm, write_peft_adapter, write_tiny_model
+from tiny_model import (
+    Oracles,
+    check_against_peft,
+    tiny_llm,
+    write_peft_adapter,
+    write_tiny_model,
+)
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from loraplex import LoRARequest
@@ -29,7 +34,7 @@ def write_adapters(model_path: Path, directory: Path, configs: dict[str, dict]) 
 
 
 def check(model_path: Path, oracle_path: Path, adapters: dict[str, Path]) -> None:
-    oracle = Oracle(oracle_path, adapters)
+    oracle = Oracles(oracle_path, adapters)
     requests = {name: LoRARequest(name, str(path)) for name, path in adapters.items()}
     with tiny_llm(model_path) as llm:
         check_against_peft(llm, oracle, requests)
@@ -76,3 +81,24 @@ def write_fused_twin(model_path: Path, path: Path) -> Path:
             tensors[f"{prefix}.{fused}_proj.weight"] = torch.cat(weights)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_magnitudes_and_biases(tmp_path, one_thread):
+    model_path = write_tiny_model(tmp_path / "model", attention_bias=True, mlp_bias=True)
+    configs = {
+        "plain": PLAIN,
+        "dora": {"target_modules": "all-linear", "use_dora": True},
+        "dora-some": {"target_modules": ["v_proj", "down_proj"], "use_dora": True, "r": 9},
+        "lora-bias": {"target_modules": ["q_proj", "up_proj"], "lora_bias": True},
+        "bias": {"target_modules": ["k_proj", "o_proj", "down_proj"], "bias": "lora_only"},
+        "bias-dora": {"target_modules": ["q_proj"], "bias": "lora_only", "use_dora": True},
+    }
+    check(model_path, model_path, write_adapters(model_path, tmp_path, configs))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dora_of_a_model_with_fused_modules(model_path, tmp_path, one_thread):
+    fused_path = write_fused_twin(model_path, tmp_path / "phi3")
+    configs = {"dora": {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj"], "use_dora": True}}
+    check(model_path, fused_path, write_adapters(fused_path, tmp_path, configs))

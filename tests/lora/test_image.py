@@ -33,6 +33,9 @@ def random_weights(
         a = torch.randn(rank, module.in_features, generator=generator)
         b = torch.randn(module.out_features, rank, generator=generator)
         weights.a[place], weights.b[place] = a.to(dtype), b.to(dtype)
+        if rank % 5 == 1:
+            vectors = torch.randn(2, module.out_features, generator=generator)
+            weights.gains[place], weights.offsets[place] = vectors
     return weights
 
 
@@ -66,11 +69,14 @@ def test_unpacking_is_the_inverse_of_packing(case):
     weights = random_weights(spec, ranks, dtype)
     image = pack_image(weights, spec, page_bytes)
     assert image.num_bytes == image.num_pages * page_bytes
-    assert image.num_pages == image_num_pages(ranks, spec, page_bytes, dtype.itemsize)
-    assert image.max_rank == max(ranks.values())
+    if not weights.gains:
+        assert image.num_pages == image_num_pages(ranks, spec, page_bytes, dtype.itemsize)
+    assert image.traits.max_rank == max(ranks.values())
     unpacked = unpack_image(image, spec)
     assert_same(unpacked.a, weights.a)
     assert_same(unpacked.b, weights.b)
+    assert_same(unpacked.gains, weights.gains)
+    assert_same(unpacked.offsets, weights.offsets)
 
 
 @settings(deadline=None, max_examples=50)
@@ -94,12 +100,20 @@ def test_tiles_are_where_the_format_says(case):
     header = header.view(spec.num_layers, spec.num_modules, 4).tolist()
     for layer in range(spec.num_layers):
         for module_id in range(spec.num_modules):
-            a_tile, b_tile, rank, zero = header[layer][module_id]
-            assert rank == ranks.get((layer, module_id), 0)
-            assert zero == 0
+            a_tile, b_tile, rank, vector_tile = header[layer][module_id]
+            place = layer, module_id
+            assert rank == ranks.get(place, 0)
+            assert (vector_tile > 0) == (place in weights.gains)
+            if vector_tile > 0:
+                num_tiles = -(-spec.modules[module_id].out_features * 4 // tile_bytes)
+                for i, vector in enumerate((weights.gains[place], weights.offsets[place])):
+                    first = vector_tile + i * num_tiles
+                    found = torch.cat([tile(first + j).reshape(-1) for j in range(num_tiles)])
+                    found = found.view(torch.float32)
+                    assert torch.equal(found[: len(vector)], vector)
+                    assert not found[len(vector) :].any()
             if rank == 0:
                 continue
-            place = layer, module_id
             for first, matrix in ((a_tile, weights.a[place]), (b_tile, weights.b[place].T)):
                 column_tiles = -(-matrix.shape[1] // 64)
                 for i in range(-(-rank // 8)):

@@ -64,6 +64,6 @@ def test_report_of_what_is_no_adapter(tmp_path):
 
 
 def test_a_setting_that_is_not_served_is_named(tmp_path):
-    report = inspect_adapter(str(write_adapter(tmp_path, SPEC, use_dora=True)), None)
+    report = inspect_adapter(str(write_adapter(tmp_path, SPEC, use_qalora=True)), None)
     assert not report.fits
-    assert "use_dora=True" in report.render()
+    assert "use_qalora=True" in report.render()

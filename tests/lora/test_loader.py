@@ -90,8 +90,11 @@ def test_modules_layers_and_patterns_decide_what_is_there(tmp_path):
     [
         ("base_model.model.lm_head.weight", "must be named"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "must be named"),
-        (f"{Q0}.lora_magnitude_vector", "must be named"),
-        (f"{Q0}.lora_B.bias", "must be named"),
+        (f"{Q0}.lora_magnitude_vector", "adapter_config.json has use_dora off"),
+        (f"{Q0}.lora_B.bias", "adapter_config.json has lora_bias off"),
+        (f"{Q0}.base_layer.bias", "adapter_config.json has bias off"),
+        (f"{Q0}.bias", "adapter_config.json has bias off"),
+        ("base_model.model.model.layers.0.input_layernorm.bias", "has no partner"),
         (f"{Q0}.lora_A.default.weight", "must be named"),
         (Q0_A.removeprefix("base_model.model."), "must be named"),
         ("base_model.model.model.layers.1.self_attn.qkv_proj.lora_A.weight", "no partner"),

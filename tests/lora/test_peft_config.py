@@ -25,10 +25,9 @@ def parse(**values):
     [
         ("peft_type", "IA3", "'LORA'"),
         ("peft_type", None, "'LORA'"),
-        ("bias", "all", "'none'"),
-        ("bias", "lora_only", "'none'"),
-        ("use_dora", True, "off"),
-        ("lora_bias", True, "off"),
+        ("bias", "some", "'none', 'lora_only' or 'all'"),
+        ("use_dora", "yes", "true or false"),
+        ("lora_bias", 1, "true or false"),
         ("modules_to_save", ["lm_head"], "off"),
         ("use_qalora", True, "off"),
         ("use_bdlora", {"nblocks": 2}, "off"),

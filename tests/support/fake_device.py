@@ -28,6 +28,7 @@ from loraplex.engine.request import (
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.sampling_state import TokensOfRows, generator_state, uniform
 from loraplex.engine.step import PromptLogprobsSpan, StepBatch, StepResult
+from loraplex.lora.spec import AdapterTraits
 
 VOCAB_SIZE = 1000
 EOS_TOKEN_ID = VOCAB_SIZE - 1
@@ -85,11 +86,8 @@ class FakeStore:
             raise ValueError(f"adapter {path} can't be served")
         return int(path.split("=")[1])
 
-    def module_mask(self, version: bytes) -> int:
-        return 1
-
-    def max_rank(self, version: bytes) -> int:
-        return 8
+    def traits(self, version: bytes) -> AdapterTraits:
+        return AdapterTraits(max_rank=8, module_mask=1)
 
     def copy_to_pages(
         self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oracle import Oracle
+from oracle import Oracle, Scored
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -69,6 +69,18 @@ def randomize(peft_model: PeftModel) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.3)
 
 
+class Oracles:
+    """An oracle for the base model and one for each adapter, since some change the base model."""
+
+    def __init__(self, model_path: Path, adapters: Mapping[str, Path]) -> None:
+        self._of: dict[str | None, Oracle] = {None: Oracle(model_path, {})}
+        for name, path in adapters.items():
+            self._of[name] = Oracle(model_path, {name: path})
+
+    def score(self, prompt: list[int], output: list[int], adapter: str | None) -> Scored:
+        return self._of[adapter].score(prompt, output, adapter)
+
+
 def tiny_llm(model_path: Path, **options: Any) -> LLM:
     return LLM(
         str(model_path),
@@ -83,7 +95,7 @@ def tiny_llm(model_path: Path, **options: Any) -> LLM:
 
 def check_against_peft(
     llm: LLM,
-    oracle: Oracle,
+    oracle: Oracle | Oracles,
     lora_requests: Mapping[str, LoRARequest],
     prompts: Sequence[Sequence[int]] | None = None,
     max_tokens: int = 8,

@@ -1,0 +1,55 @@
+"""The weights of the model's linears, for adapters whose form depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from threading import Lock
+
+import torch
+
+from loraplex.lora.layers import LinearWithLoRA
+
+Tensor = torch.Tensor
+# Rows of a product that weights are read back by.
+ROWS = 256
+
+
+class ModelLinears:
+    """Asks linears for their weights by multiplying, so that it is all the same to it what a weight
+    is made of and where it lies. See loraplex.lora.spec.BaseLinears."""
+
+    def __init__(self, linears: Iterable[LinearWithLoRA], like: Tensor) -> None:
+        """like: a tensor of the dtype and on the device that the linears multiply."""
+        self._like = like
+        self._linears = {
+            (linear.layer, module_id): (linear, slice(*linear.offsets[i : i + 2]))
+            for linear in linears
+            for i, module_id in enumerate(linear.modules)
+        }
+        self._lock = Lock()
+        self._squared_norms: dict[tuple[int, int], Tensor] = {}
+
+    def multiply(self, layer: int, module_id: int, x: Tensor) -> Tensor:
+        return self._multiply(layer, module_id, x) - self.bias(layer, module_id)
+
+    def bias(self, layer: int, module_id: int) -> Tensor:
+        in_features = self._in_features(layer, module_id)
+        return self._multiply(layer, module_id, torch.zeros(1, in_features))[0]
+
+    def squared_norms(self, layer: int, module_id: int) -> Tensor:
+        with self._lock:
+            known = self._squared_norms.get((layer, module_id))
+            if known is None:
+                rows = torch.eye(self._in_features(layer, module_id)).split(ROWS)
+                squares = [self.multiply(layer, module_id, x).square().sum(0) for x in rows]
+                known = self._squared_norms[layer, module_id] = torch.stack(squares).sum(0)
+            return known
+
+    def _in_features(self, layer: int, module_id: int) -> int:
+        return self._linears[layer, module_id][0].base.in_features
+
+    @torch.inference_mode()
+    def _multiply(self, layer: int, module_id: int, x: Tensor) -> Tensor:
+        linear, columns = self._linears[layer, module_id]
+        y = linear.base(x.to(self._like.device, self._like.dtype), None)
+        return y[:, columns].float().cpu()
