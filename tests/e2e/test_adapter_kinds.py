@@ -65,6 +65,17 @@ def test_adapters_of_a_model_with_fused_modules(model_path, tmp_path, one_thread
     check(model_path, fused_path, write_adapters(fused_path, tmp_path, configs))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_split_modules_on_a_model_that_fuses_them(model_path, tmp_path, one_thread):
+    configs = {
+        "plain": PLAIN,
+        "some": {"target_modules": ["q_proj", "v_proj", "up_proj"], "r": 8},
+        "dora": {"target_modules": ["k_proj", "gate_proj"], "use_dora": True},
+    }
+    adapters = write_adapters(model_path, tmp_path, configs)
+    check(write_fused_twin(model_path, tmp_path / "phi3"), model_path, adapters)
+
+
 def write_fused_twin(model_path: Path, path: Path) -> Path:
     """The same model, as a Phi-3."""
     config = Phi3Config.from_pretrained(model_path)
