@@ -6,20 +6,25 @@ runner.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 from loraplex.engine.adapter_manager import AdapterManager, AdapterStore
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.eviction import POLICIES, EvictionPolicy
 from loraplex.engine.input_batch import InputBatch
+from loraplex.engine.isolation import Isolation
 from loraplex.engine.kv_manager import KVManager
 from loraplex.engine.page_pool import PagePool, PageState
 from loraplex.engine.request import EngineOutput, EngineRequest, ModelInfo, Request, RequestError
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.step import PendingStep, StepBatch
+from loraplex.engine.step import PendingStep, StepBatch, StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
 
 # What a lent page costs to bring back, relative to one copied in from host memory. Computing 16
 # tokens again takes eight times as long as copying as many bytes with Llama-3-8B on an H100, and
@@ -110,16 +115,32 @@ class EngineCore:
         )
         # Steps whose results have not been taken in, oldest first.
         self._in_flight: deque[tuple[StepBatch, PendingStep]] = deque()
+        self._isolation = Isolation()
         self._num_steps = 0
+        self._num_blamed = 0
         # Whether the last step found nothing to do: all requests wait for their adapters.
         self._is_starved = False
 
     def step(self) -> list[EngineOutput]:
         """Schedule, launch, update. The device may be a step ahead: what is launched here is then
         taken in by the next call. Gives [] while there is no token to tell."""
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(self._isolation.group())
         self._input_batch.release(plan.stopped)
         self._is_starved = not plan.num_new_tokens and not self._in_flight
+        try:
+            done = self._run(plan)
+        except Exception as error:
+            self._recover(plan, error)
+            return self._scheduler.take_outputs()
+        for batch, result in done:
+            self._in_flight.popleft()
+            self._input_batch.append_tokens(batch, result.token_ids)
+            self._scheduler.update(batch, result)
+            self._isolation.take_success([batch.requests[i] for i in batch.sampled.tolist()])
+        return self._scheduler.take_outputs()
+
+    def _run(self, plan: StepPlan) -> list[tuple[StepBatch, StepResult]]:
+        """Launch the step, and give the results of those that must be taken in now."""
         num_ahead = 0
         if plan.num_new_tokens:
             batch = self._input_batch.build(plan)
@@ -127,12 +148,21 @@ class EngineCore:
             self._num_steps += 1
             # What penalties go by, the host must know before it builds the next step.
             num_ahead = 0 if batch.sampling.has_penalties else self._device.steps_ahead
-        while len(self._in_flight) > num_ahead:
-            batch, step = self._in_flight.popleft()
-            result = step.result()
-            self._input_batch.append_tokens(batch, result.token_ids)
-            self._scheduler.update(batch, result)
-        return self._scheduler.take_outputs()
+        num_done = max(0, len(self._in_flight) - num_ahead)
+        return [(batch, step.result()) for batch, step in islice(self._in_flight, num_done)]
+
+    def _recover(self, plan: StepPlan, error: Exception) -> None:
+        """Undo the steps in flight, one of which failed, and look for the request that makes them
+        fail. Raises the error if that is none."""
+        logger.error("A step failed; its requests are tried again in parts.", exc_info=error)
+        requests = [r for batch, _ in self._in_flight for r in batch.requests]
+        requests += plan.num_new_tokens
+        self._in_flight.clear()
+        self._scheduler.roll_back(requests)
+        culprit = self._isolation.take_failure(requests, error)
+        if culprit is not None:
+            self._num_blamed += 1
+            self._scheduler.refuse(culprit, error)
 
     def add_request(self, request: EngineRequest) -> None:
         """Raises RequestError for what is known at once; later failures come as outputs."""
@@ -173,6 +203,7 @@ class EngineCore:
             "num_waiting": self._scheduler.num_waiting,
             "num_adapters_resident": self._adapters.num_resident(),
             "steps": self._num_steps,
+            "requests_isolated": self._num_blamed,
             "preemptions": self._scheduler.num_preemptions,
             "adapter_loads": self._adapters.num_loads,
             "adapter_evictions": self._adapters.num_evictions,

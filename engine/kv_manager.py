@@ -143,6 +143,14 @@ class KVManager:
             self._past_uses.popitem(last=False)
         return [page]
 
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache. No request may have blocks."""
+        pages = list(self._hash_of)
+        for page in pages:
+            self._pool.take_back(page)
+            self.reclaim(page)
+        self._pool.free(pages)
+
     def _hashes(self, request: Request, num_blocks: int) -> list[BlockHash]:
         """Keys of the request's first blocks, computed once and kept with the request."""
         hashes, size = request.block_hashes, self.block_size

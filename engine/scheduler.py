@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from loraplex.engine.adapter_manager import Adapter, AdapterManager, Residency
 from loraplex.engine.admission import Admission
@@ -79,8 +79,9 @@ class Scheduler:
 
     # -- one step --------------------------------------------------------------------------
 
-    def schedule(self) -> StepPlan:
-        """Choose the tokens of the next step.
+    def schedule(self, only: Sequence[Request] | None = None) -> StepPlan:
+        """Choose the tokens of the next step. Requests that don't run yet begin to only if they
+        are among `only`, if that is given.
 
         There is no prefill phase and no decode phase: every request has num_tokens and
         num_computed_tokens, and each step moves the second towards the first. Chunked prefill,
@@ -95,7 +96,7 @@ class Scheduler:
             self._finish_with_error(request, error)
         plan = StepPlan()
         budget = self._schedule_running(plan)
-        self._admit_waiting(plan, budget)
+        self._admit_waiting(plan, budget, only)
         plan.stopped, self._stopped = self._stopped, []
         for request, num_new_tokens in plan.num_new_tokens.items():
             request.num_computed_tokens += num_new_tokens
@@ -128,10 +129,13 @@ class Scheduler:
                 budget -= num_new_tokens
         return budget
 
-    def _admit_waiting(self, plan: StepPlan, budget: int) -> None:
+    def _admit_waiting(self, plan: StepPlan, budget: int, only: Sequence[Request] | None) -> None:
         if budget == 0 or len(self._running) >= self._max_num_seqs:
             return
-        for request in self._waiting.candidates(self._handicap):
+        candidates: Iterable[Request] = self._waiting.candidates(self._handicap)
+        if only is not None:
+            candidates = [r for r in only if r.status is RequestStatus.WAITING]
+        for request in candidates:
             try:
                 is_ready = self._bring_adapter(request)
             except ValueError as error:
@@ -231,6 +235,25 @@ class Scheduler:
                 f"{num_pages} pages of the pool, which has {self._pool.num_usable}: shorten the "
                 "request or raise pool_bytes"
             )
+
+    # -- after a failed step ---------------------------------------------------------------
+
+    def roll_back(self, requests: Iterable[Request]) -> None:
+        """Undo the steps in flight, which had these requests: all running ones wait again, to be
+        computed from their known tokens, and no block of the prefix cache is of such a step."""
+        for request in self._running[::-1]:
+            self._preempt(request)
+        for request in requests:
+            request.num_tokens = len(request.all_token_ids)
+            request.num_scored_tokens = len(request.prompt_logprobs)
+        self._kv.forget_prefixes()
+
+    def refuse(self, request: Request, error: Exception) -> None:
+        """End a request that makes steps fail with this error, if it is not finished."""
+        if request.status is not RequestStatus.FINISHED:
+            self._take_out(request)
+            message = f"the request makes the engine fail, alone: {type(error).__name__}: {error}"
+            self._finish_with_error(request, RequestError(message, status=500))
 
     # -- after the step --------------------------------------------------------------------
 

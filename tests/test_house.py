@@ -18,7 +18,8 @@ ROOMS = {
 }
 HOST_HALF = (
     "config", "request", "sampling_params", "outputs", "page_pool", "kv_manager",
-    "adapter_manager", "fair_queue", "scheduler", "step", "sampling_state", "input_batch", "core",
+    "adapter_manager", "fair_queue", "scheduler", "step", "isolation", "sampling_state",
+    "input_batch", "core",
 )  # fmt: skip
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
