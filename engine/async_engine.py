@@ -70,12 +70,17 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}
         self._reader: asyncio.Task[None] | None = None
         self._error: EngineDeadError | None = EngineDeadError("the engine is not started")
+        self._died = asyncio.Event()
 
     async def start(self) -> None:
-        """Start the engine process and load the model.
+        """Start the engine process and load the model; again, if it has died.
 
         Raises ValueError for a setting that is not allowed, EngineDeadError if the start fails.
         """
+        if self._reader is not None:
+            await self._reader
+            self._reader = None
+            await self._client.shutdown(patience=0)
         self._client = CoreClient(self.config, self._core_factory)
         try:
             self.model_info = await self._client.start()
@@ -88,6 +93,7 @@ class AsyncEngine:
         self._input_processor = InputProcessor(self.model_info, self.tokenizer, self.config.seed)
         self._output_processor = OutputProcessor(self.tokenizer)
         self._error = None
+        self._died.clear()
         self._reader = asyncio.create_task(self._read_outputs(), name="loraplex-outputs")
 
     async def generate(
@@ -147,6 +153,10 @@ class AsyncEngine:
         """Raises EngineDeadError if the engine can't serve."""
         if self._error is not None:
             raise EngineDeadError(str(self._error))
+
+    async def wait_until_dead(self) -> None:
+        """Until the engine process has ended, or can't be understood, unasked."""
+        await self._died.wait()
 
     @property
     def errored(self) -> bool:
@@ -218,9 +228,11 @@ class AsyncEngine:
         except EngineDeadError as error:
             logger.error("%s", error)
             self._die(error)
+            self._died.set()
         except Exception as error:
             logger.exception("Outputs of the engine can't be read.")
             self._die(EngineDeadError(f"the engine's front failed: {error!r}"))
+            self._died.set()
 
     def _pass_on(self, outputs: list[Any]) -> None:
         processed = self._output_processor.process_outputs(outputs)

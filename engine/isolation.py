@@ -41,8 +41,13 @@ class Isolation:
         refused, and no step went well."""
         requests = list(dict.fromkeys(requests))
         group = self._groups.pop() if self._groups else requests
-        # None of the group: then one that seemed innocent fails in a later step.
-        suspects = [r for r in group if r in requests] or requests
+        suspects = [r for r in group if r in requests]
+        others = [r for r in requests if r not in suspects]
+        if others:
+            # Some that seemed innocent ran along, and may fail in a later step: the group alone
+            # will tell.
+            self._groups += [group for group in (others, suspects) if group]
+            return None
         if len(suspects) > 1:
             middle = len(suspects) // 2
             self._groups += [suspects[middle:], suspects[:middle]]

@@ -27,6 +27,7 @@ def build_app(serving: Serving, config: ServerConfig, keys: KeyRing | None) -> F
     """The application over a started engine. keys: who may call; None: everybody."""
     app = FastAPI(title="Loraplex", version=loraplex.__version__)
     app.state.serving = serving
+    app.state.is_draining = False
     app.state.runtime_lora_directory = config.runtime_lora_directory
     for module in (openai_completions, openai_chat, lorax_routes, operator_routes):
         app.include_router(module.router)

@@ -15,7 +15,7 @@ from loraplex.entrypoints.api_keys import Caller, KeyRing
 from loraplex.entrypoints.errors import ApiError
 
 # Whoever watches the server needs no key.
-OPEN_PATHS = frozenset({"/", "/health", "/ping", "/ready", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/", "/health", "/live", "/ping", "/ready", "/metrics", "/version"})
 # Seconds in which the next piece of a body must come.
 BODY_WAIT = 30.0
 

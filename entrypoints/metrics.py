@@ -58,6 +58,10 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
+        self.engine_restarts = Counter(
+            "loraplex_engine_restarts", "Engines that died and were started again.",
+            registry=registry,
+        )  # fmt: skip
         self._core = CoreCollector()
         registry.register(self._core)
         self._requests = Counter(

@@ -82,6 +82,22 @@ async def unload_adapter(body: UnloadAdapterRequest, request: Request) -> Respon
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
+@router.get("/live")
+async def check_life() -> Response:
+    """200 while the server answers at all; it restarts its engine by itself."""
+    return Response()
+
+
+@router.get("/ready")
+async def check_readiness(request: Request) -> Response:
+    """200 while requests should be sent here: not while the engine is gone, or the server ends."""
+    serving: Serving = request.app.state.serving
+    if request.app.state.is_draining:
+        raise ApiError(503, "this server is about to end", code="draining")
+    await serving.engine.check_health()
+    return Response()
+
+
 @router.get("/")
 @router.get("/ping")
 @router.get("/health")

@@ -23,6 +23,7 @@ from loraplex.entrypoints.model_registry import ModelRegistry, adapter_from_path
 from loraplex.entrypoints.server_config import ServerConfig
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import unless
+from loraplex.entrypoints.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +59,25 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
             models = ModelRegistry(
                 names, engine.config.model, engine.model_info.max_model_len, adapters
             )
-            app = build_app(Serving(engine, models, ServerMetrics(), config.limits), config, keys)
-            await _serve_http(app, listener, engine, signals, config.shutdown_grace)
+            metrics = ServerMetrics()
+            supervisor = Supervisor(engine, metrics.engine_restarts)
+            serving = Serving(engine, models, metrics, config.limits)
+            app = build_app(serving, config, keys)
+            await _serve_http(app, listener, engine, supervisor, signals, config.shutdown_grace)
         finally:
             await engine.shutdown()
 
 
 async def _serve_http(
-    app: FastAPI, listener: socket.socket, engine: AsyncEngine, signals: Signals, grace: float
+    app: FastAPI,
+    listener: socket.socket,
+    engine: AsyncEngine,
+    supervisor: Supervisor,
+    signals: Signals,
+    grace: float,
 ) -> None:
     """Answer until the first signal, then finish what runs, for `grace` seconds or until the
-    second signal."""
+    second signal. Raises EngineDeadError if the engine dies for good."""
     server = Server(
         uvicorn.Config(
             app,
@@ -84,16 +93,21 @@ async def _serve_http(
     host, port = listener.getsockname()[:2]
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     logger.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    await unless(signals.first.wait(), asyncio.shield(serving))
-    server.should_exit = True
+    supervising = asyncio.create_task(supervisor.run())
+    await unless(signals.first.wait(), asyncio.wait({supervising}))
+    app.state.is_draining = server.should_exit = True
     second = asyncio.ensure_future(signals.second.wait())
     await asyncio.wait({serving, second}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
     second.cancel()
+    supervising.cancel()
+    await asyncio.wait({supervising})
     # Requests that still run fail now, and their clients get to see it.
     await engine.shutdown()
     await asyncio.wait({serving}, timeout=LAST_ANSWERS_WAIT)
     server.force_exit = True
     await serving
+    if not supervising.cancelled():
+        supervising.result()
 
 
 class Server(uvicorn.Server):

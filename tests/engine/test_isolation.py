@@ -123,7 +123,7 @@ def test_a_culprit_of_many_is_found_in_few_steps():
     for request in requests:
         core.add_request(request)
     check(requests, run_to_end(core), {"r37"})
-    assert runner.num_failures == 7
+    assert runner.num_failures <= 12
 
 
 def test_a_request_that_comes_meanwhile_is_served():

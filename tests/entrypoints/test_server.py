@@ -256,26 +256,83 @@ def test_requests_that_outlast_the_grace_end_with_an_error(by_second_signal):
         assert "Traceback" not in server.log
 
 
+def wait_for_health(url: str, status: int, path: str = "/health", timeout: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout
+    while httpx.get(f"{url}{path}").status_code != status:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("prompt", ["crash", "die"])
-def test_a_dead_engine_is_an_error_for_everyone_and_a_503_at_health(prompt):
+def test_a_dead_engine_is_an_error_for_everyone_and_starts_again(prompt):
     with running_server() as server:
         lines: list[str] = []
         thread = stream_in_thread(server.url, lines)
         server.wait_for_metric(RUNNING, 1)
         url = f"{server.url}/v1/completions"
-        for text in (prompt, "later"):
-            response = httpx.post(url, json={"model": "fake", "prompt": text}, timeout=3)
-            assert response.status_code == 503
-            error = response.json()["error"]
-            assert (error["type"], error["code"]) == ("server_error", "engine_dead")
-        thread.join(3)
-        assert '"engine_dead"' in lines[-2]
-        assert lines[-1] == "data: [DONE]"
+        response = httpx.post(url, json={"model": "fake", "prompt": prompt}, timeout=3)
+        assert response.status_code == 503
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "engine_dead")
+        # It is not back yet.
         assert httpx.get(f"{server.url}/health").status_code == 503
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        assert httpx.get(f"{server.url}/live").status_code == 200
         metrics = httpx.get(f"{server.url}/metrics")
         assert metrics.status_code == 200
         assert "loraplex_requests_total" in metrics.text
+        thread.join(3)
+        assert '"engine_dead"' in lines[-2]
+        assert lines[-1] == "data: [DONE]"
+        wait_for_health(server.url, 200)
+        assert httpx.get(f"{server.url}/ready").status_code == 200
+        assert server.metric("loraplex_engine_restarts_total") == 1
+        again = httpx.post(url, json={"model": "fake", "prompt": "hello"})
+        assert again.json()["choices"][0]["text"] == "hello"
         assert server.stop() == 0
+
+
+def test_a_killed_engine_under_load(adapter_root):
+    """Everybody gets an answer or an error within 2 seconds, and nothing of the dead is left."""
+    num_clients = 40
+    ends: list[tuple[float, str]] = []
+
+    def read(number: int) -> None:
+        body = {**LONG, "model": ["fake", "sql"][number % 2], "stream": number % 4 != 0}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=20) as answer:
+            text = answer.read().decode()
+        ends.append((time.monotonic(), text))
+
+    flags = ("--lora-modules", f"sql={adapter_root}/sql")
+    with running_server(*flags, FAKE_STEP_SECONDS="0.05") as server:
+        threads = [threading.Thread(target=read, args=(i,)) for i in range(num_clients)]
+        for thread in threads:
+            thread.start()
+        server.wait_for_metric(RUNNING, num_clients)
+        (engine,) = [p for p in server.descendants() if "spawn_main" in " ".join(p.cmdline())]
+        killed = time.monotonic()
+        engine.kill()
+        for thread in threads:
+            thread.join()
+        assert max(end for end, _ in ends) - killed < 2
+        assert all('"engine_dead"' in text for _, text in ends)
+        assert all("signal 9" in text for _, text in ends)
+        wait_for_health(server.url, 200)
+        response = httpx.post(
+            f"{server.url}/v1/completions", json={"model": "sql", "prompt": "hello"}
+        )
+        assert response.json()["choices"][0]["text"] == "hello"
+        assert len(list(server.socket_root.iterdir())) == 1
+        server.wait_for_metric(RUNNING, 0)
+        assert server.stop() == 0
+
+
+def test_an_engine_that_can_not_start_again_ends_the_server(tmp_path):
+    with running_server("--core", "make_core_once", FAKE_MARKER=str(tmp_path / "marker")) as server:
+        body = {"model": "fake", "prompt": "die"}
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 503
+        assert server.process.wait(60) == 1
+        assert "could not be started again, 3 times" in server.log
 
 
 def test_the_engine_ends_with_a_server_that_is_killed():

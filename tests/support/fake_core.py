@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fake_device import FakeDevice
@@ -99,6 +100,15 @@ def make_scheduled_core(config: EngineConfig) -> EngineCore:
 
 def refuse_config(config: EngineConfig) -> FakeCore:
     raise ValueError("pool_bytes=1 is not allowed: it must be more")
+
+
+def make_core_once(config: EngineConfig) -> FakeCore:
+    """Breaks at every start but the first."""
+    marker = Path(os.environ["FAKE_MARKER"])
+    if marker.exists():
+        raise OSError("the accelerator is gone")
+    marker.touch()
+    return ServedCore(config)
 
 
 def break_at_start(config: EngineConfig) -> FakeCore:
