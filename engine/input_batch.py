@@ -37,6 +37,7 @@ class InputBatch:
         self._num_tokens = np.zeros(max_num_seqs, np.int32)
         self._num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self._sort_key = np.zeros(max_num_seqs, np.int64)
+        self._adapter_start = np.zeros(max_num_seqs, np.int32)
         self._sampling = SamplingState(max_num_seqs)
 
     def release(self, stopped: list[Request]) -> None:
@@ -52,11 +53,15 @@ class InputBatch:
         self._sync_slots(plan)
         planned = list(plan.num_new_tokens)
         slots = np.fromiter((r.slot for r in planned), np.int64, len(planned))
-        order = np.argsort(self._sort_key[slots], kind="stable")
-        slots = slots[order]
+        num_new_tokens = np.fromiter(plan.num_new_tokens.values(), np.int32, len(planned))
+        seq_lens = np.fromiter((r.num_computed_tokens for r in planned), np.int32, len(planned))
+        # A step's tokens of a request are all before its adapter acts, or all behind.
+        is_base = seq_lens <= self._adapter_start[slots]
+        sort_key = np.where(is_base, BASE_SORT_KEY, self._sort_key[slots])
+        order = np.argsort(sort_key, kind="stable")
+        slots, num_new_tokens, seq_lens = slots[order], num_new_tokens[order], seq_lens[order]
         requests = [planned[i] for i in order.tolist()]
-        num_new_tokens = np.fromiter(plan.num_new_tokens.values(), np.int32, len(planned))[order]
-        seq_lens = np.fromiter((r.num_computed_tokens for r in requests), np.int32, len(requests))
+        num_base = int(np.count_nonzero(sort_key == BASE_SORT_KEY))
         cu_seqlens_q = np.zeros(len(requests) + 1, np.int32)
         np.cumsum(num_new_tokens, out=cu_seqlens_q[1:])
 
@@ -90,7 +95,7 @@ class InputBatch:
             block_table=self._block_table[slots, :most_blocks],
             slot_mapping=self._block_table[row_slots, blocks] * np.int64(self._block_size)
             + offsets,
-            **_lora_segments(requests, cu_seqlens_q),
+            **_lora_segments(requests[: len(requests) - num_base], cu_seqlens_q),
             sampled=sampled,
             sampled_slots=sampled_slots.astype(np.int32),
             logits_rows=cu_seqlens_q[1:][sampled].astype(np.int64) - 1,
@@ -126,16 +131,16 @@ class InputBatch:
         self._num_blocks[slot] = 0
         adapter = request.adapter
         self._sort_key[slot] = BASE_SORT_KEY if adapter is None else adapter.sort_key
+        self._adapter_start[slot] = request.adapter_start
         self._sampling.add(slot, request.wire)
 
 
 def _lora_segments(requests: list[Request], cu_seqlens_q: Int32Array) -> dict[str, Any]:
-    """Runs of requests with one adapter, as StepBatch has them."""
+    """Runs of requests with one adapter, as StepBatch has them; requests: those with any."""
     indptr = [0]
     adapters: list[Adapter] = []
-    for request, end in zip(requests, cu_seqlens_q[1:].tolist(), strict=True):
-        if request.adapter is None:
-            break
+    for request, end in zip(requests, cu_seqlens_q[1:].tolist(), strict=False):
+        assert request.adapter is not None
         if adapters and adapters[-1] is request.adapter:
             indptr[-1] = end
         else:

@@ -1,7 +1,8 @@
 """KV blocks of requests: allocation, sharing and prefix cache. A block is a page. No torch.
 
 A full block whose tokens are computed gets a key: a hash of all tokens up to its end and of the
-adapter version that computed them, so that KV of one adapter can never serve another.
+adapter version that computed them, so that KV of one adapter can never serve another. What comes
+before the first token that an adapter acts on is the base model's, and shared with it.
 """
 
 from __future__ import annotations
@@ -156,7 +157,9 @@ class KVManager:
         hashes, size = request.block_hashes, self.block_size
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else request.prefix_root
+            parent = hashes[-1] if hashes else b""
+            if start <= request.adapter_start < start + size:
+                parent += request.adapter_version
             hashes.append(hash_block(parent, request.all_token_ids[start : start + size]))
         return hashes[:num_blocks]
 

@@ -207,6 +207,7 @@ class Request:
 
     __slots__ = (
         "adapter",
+        "adapter_start",
         "all_token_ids",
         "block_hashes",
         "block_table",
@@ -230,6 +231,9 @@ class Request:
         params = wire.sampling_params
         self.wire = wire
         self.adapter = adapter
+        # The first token that the adapter acts on; from none on, if it is the number of all tokens
+        # that there may be. Known when the adapter is in the pool.
+        self.adapter_start = 0
         self.status = RequestStatus.WAITING
         self.all_token_ids = list(wire.prompt_token_ids)
         self.num_prompt_tokens = len(wire.prompt_token_ids)
@@ -269,14 +273,27 @@ class Request:
         return self.wire.sampling_params.prompt_logprobs is not None
 
     @property
-    def prefix_root(self) -> bytes:
-        """What the keys of its KV blocks start from: its adapter version, or the base model."""
+    def adapter_version(self) -> bytes:
+        """Empty for the base model."""
         return b"" if self.adapter is None else self.adapter.version
+
+    def chunk(self, num_computed_tokens: int, budget: int) -> int:
+        """Tokens to compute next, at most. None of the base model's together with the adapter's."""
+        end = self.num_tokens
+        if num_computed_tokens < self.adapter_start:
+            end = min(end, self.adapter_start)
+        return min(end - num_computed_tokens, budget)
+
+    def find_adapter_start(self) -> None:
+        """Called when the adapter is in the pool."""
+        if self.adapter is not None:
+            start = self.adapter.traits.first_token(self.wire.prompt_token_ids)
+            self.adapter_start = self.max_num_tokens if start is None else start
 
     @property
     def service_key(self) -> tuple[str, bytes]:
         """Whose service counter this request is charged to."""
-        return self.wire.service.tenant, self.prefix_root
+        return self.wire.service.tenant, self.adapter_version
 
     @property
     def queued_service(self) -> float:

@@ -116,7 +116,7 @@ class Scheduler:
                 continue
             if request.num_tokens == request.max_num_tokens:
                 continue  # Its last token is on its way.
-            num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            num_new_tokens = request.chunk(request.num_computed_tokens, budget)
             while not self._kv.grow(request, request.num_computed_tokens + num_new_tokens):
                 # The last admitted goes first, so that the oldest always gets on.
                 victim = self._running[-1]
@@ -180,9 +180,10 @@ class Scheduler:
         """Start or resume a request; returns its tokens for this step, 0 if memory lacks."""
         if request.num_pending_tokens:
             return 0  # Just preempted for lack of memory, while a step samples its next token.
+        request.find_adapter_start()
         prefix = self._kv.find_prefix(request)
         num_computed_tokens = len(prefix) * self._kv.block_size
-        num_new_tokens = min(request.num_tokens - num_computed_tokens, budget)
+        num_new_tokens = request.chunk(num_computed_tokens, budget)
         num_pages = self._kv.num_pages_needed(prefix, num_computed_tokens + num_new_tokens)
         adapter = request.adapter
         if adapter is not None and adapter.num_users == 0:

@@ -49,6 +49,8 @@ class AdapterWeights:
     """float32 [out_features], where a module has one: its output is multiplied by 1 + this."""
     offsets: dict[Place, torch.Tensor] = field(default_factory=dict)
     """float32 [out_features], for the same modules: what is added to that."""
+    invocation_token_ids: tuple[int, ...] = ()
+    """See AdapterTraits."""
 
     @property
     def ranks(self) -> dict[Place, int]:
@@ -164,7 +166,9 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
         )
     buffer[: layout.header.nbytes] = torch.from_numpy(layout.header.view(np.uint8).reshape(-1))
     _pack_vectors(weights, spec, layout, pages)
-    traits = AdapterTraits(max(ranks.values()), _mask(ranks), _mask(weights.gains))
+    traits = AdapterTraits(
+        max(ranks.values()), _mask(ranks), _mask(weights.gains), weights.invocation_token_ids
+    )
     return AdapterImage(buffer, layout.num_pages, traits, dtype)
 
 

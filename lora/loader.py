@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ def read_adapter(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterW
     weights = place_weights(parts, tensors, spec, dtype)
     for part in parts:
         add_vectors(weights, part, tensors, spec)
+    weights = replace(weights, invocation_token_ids=config.invocation_token_ids)
     if adapter_fingerprint(path) != fingerprint:
         raise AdapterError(f"the files in {path!r} changed while they were being read")
     return weights

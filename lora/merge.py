@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,11 @@ def merge_adapters(
         )
     if len(adapters) == 1:
         return _multiply(adapters[0], merge.weights[0], dtype)
+    if any(adapter.invocation_token_ids for adapter in adapters):
+        raise AdapterError(
+            "merged_adapters of adapters with alora_invocation_tokens is not allowed: they act "
+            "from different places on"
+        )
     if any(adapter.gains for adapter in adapters):
         raise AdapterError(
             "merged_adapters of adapters with DoRA, lora_bias or trained biases is not allowed: "
@@ -90,7 +96,7 @@ def _multiply(adapter: AdapterWeights, weight: float, dtype: torch.dtype) -> Ada
         {place: weight * vector for place, vector in vectors.items()}
         for vectors in (adapter.gains, adapter.offsets)
     )
-    return AdapterWeights(adapter.a, adapter.b, dtype, scalings, gains, offsets)
+    return replace(adapter, dtype=dtype, scalings=scalings, gains=gains, offsets=offsets)
 
 
 def _check_ranks(adapters: Sequence[AdapterWeights], strategy: str, spec: BaseModelSpec) -> None:

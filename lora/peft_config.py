@@ -49,6 +49,7 @@ HARMLESS_KEYS = frozenset(
 )
 UNDERSTOOD_KEYS = frozenset(
     (
+        "alora_invocation_tokens",
         "alpha_pattern",
         "bias",
         "exclude_modules",
@@ -83,6 +84,9 @@ class PeftConfig:
     """Whether B has biases."""
     bias: str
     """Which of the base model's biases were trained: "none", "lora_only" or "all"."""
+    invocation_token_ids: tuple[int, ...]
+    """Of an activated LoRA: it acts from the last place on where the prompt has these tokens. ():
+    it is none, and acts everywhere."""
     target_modules: str | frozenset[str] | None
     exclude_modules: str | frozenset[str] | None
     layers_to_transform: frozenset[int] | None
@@ -179,6 +183,7 @@ def parse_peft_config(values: Mapping[str, Any]) -> PeftConfig:
         use_dora=_read_switch(values, "use_dora"),
         lora_bias=_read_switch(values, "lora_bias"),
         bias=values.get("bias") or "none",
+        invocation_token_ids=_read_token_ids(values, "alora_invocation_tokens"),
         target_modules=target_modules,
         exclude_modules=_read_modules(values, "exclude_modules"),
         layers_to_transform=_read_layers(values),
@@ -219,6 +224,13 @@ def _refuse_what_is_not_served(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if key not in HARMLESS_KEYS and key not in UNDERSTOOD_KEYS:
             _check(key, value, not value, "left out or off; this engine does not serve it")
+
+
+def _read_token_ids(values: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    token_ids = values.get(name) or []
+    is_list = isinstance(token_ids, list) and all(type(t) is int and t >= 0 for t in token_ids)
+    _check(name, token_ids, is_list, "a list of token ids")
+    return tuple(token_ids)
 
 
 def _read_switch(values: Mapping[str, Any], name: str) -> bool:

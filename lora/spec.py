@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,6 +55,18 @@ class AdapterTraits:
     """Bit m is set if module m is targeted in any layer."""
     vector_mask: int = 0
     """Bit m is set if module m has a gain and an offset in any layer (lora/vectors.py)."""
+    invocation_token_ids: tuple[int, ...] = ()
+    """It acts from the last place on where the prompt has these tokens; (): everywhere."""
+
+    def first_token(self, prompt_token_ids: Sequence[int]) -> int | None:
+        """The index of the first token that it acts on; None: on none, since it is not invoked."""
+        invocation = list(self.invocation_token_ids)
+        if not invocation:
+            return 0
+        for start in range(len(prompt_token_ids) - len(invocation), -1, -1):
+            if prompt_token_ids[start : start + len(invocation)] == invocation:
+                return start
+        return None
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import (
+    VOCAB_SIZE,
     Oracles,
     check_against_peft,
     tiny_llm,
@@ -16,7 +18,7 @@ from tiny_model import (
 )
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from loraplex import LoRARequest
+from loraplex import LoRARequest, SamplingParams
 
 PLAIN = {"target_modules": "all-linear"}
 
@@ -74,6 +76,52 @@ def test_adapters_of_split_modules_on_a_model_that_fuses_them(model_path, tmp_pa
     }
     adapters = write_adapters(model_path, tmp_path, configs)
     check(write_fused_twin(model_path, tmp_path / "phi3"), model_path, adapters)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_activated_adapters(model_path, tmp_path, one_thread):
+    configs = {
+        "plain": PLAIN,
+        "activated": {**PLAIN, "alora_invocation_tokens": [7, 8, 9]},
+        "by-one": {"target_modules": ["v_proj", "down_proj"], "alora_invocation_tokens": [5]},
+    }
+    adapters = write_adapters(model_path, tmp_path, configs)
+    rng = random.Random(1)
+    prompts = [[7, 8, 9], [5, 7, 8, 9, 3], [100] * 40]
+    # At the beginning and the end of blocks, twice, and amid what several steps compute.
+    for start in (15, 16, 17, 32, 45, 64, 70):
+        prompt = [rng.randrange(10, VOCAB_SIZE) for _ in range(90)]
+        prompt[5:8] = prompt[start : start + 3] = [7, 8, 9]
+        prompt[start + 4] = 5
+        prompts.append(prompt)
+    requests = {name: LoRARequest(name, str(path)) for name, path in adapters.items()}
+    oracle = Oracles(model_path, adapters)
+    with tiny_llm(model_path) as llm:
+        check_against_peft(llm, oracle, requests, prompts)
+        check_against_peft(llm, oracle, requests, prompts)
+
+
+def hit_tokens(llm, prompt: list[int], lora_request: LoRARequest | None) -> int:
+    before = llm.stats()["prefix_hit_tokens"]
+    llm.generate([prompt], SamplingParams(max_tokens=2, detokenize=False), lora_request, False)
+    return llm.stats()["prefix_hit_tokens"] - before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_comes_before_an_invocation_is_shared_with_the_base_model(model_path, tmp_path):
+    config = {**PLAIN, "alora_invocation_tokens": [7, 8]}
+    adapters = write_adapters(model_path, tmp_path, {"one": config, "other": config})
+    one, other = (LoRARequest(name, str(path)) for name, path in adapters.items())
+    prompt = [*range(100, 140), 7, 8, *range(150, 172)]
+    with tiny_llm(model_path) as llm:
+        assert hit_tokens(llm, prompt, one) == 0
+        assert hit_tokens(llm, prompt, None) == 32, "two blocks before the invocation"
+        assert hit_tokens(llm, prompt, other) == 32
+        assert hit_tokens(llm, prompt, one) == 48, "and its own"
+        assert hit_tokens(llm, prompt, None) == 48
+        uninvoked = prompt[:40] + prompt[42:]
+        assert hit_tokens(llm, uninvoked, None) == 32
+        assert hit_tokens(llm, uninvoked, one) == 48, "all of it is the base model's"
 
 
 def write_fused_twin(model_path: Path, path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_device import (
     EOS_TOKEN_ID,
+    INVOCATION_TOKEN_IDS,
     expected_tokens,
     fake_core,
     make_request,
@@ -63,6 +64,19 @@ def test_prefix_is_reused_within_an_adapter_only():
         assert_all_expected([request], outputs)
         assert outputs["r"][0].num_cached_tokens == num_cached
     assert core.stats()["prefix_hit_tokens"] == 48
+
+
+def test_the_prefix_before_an_invocation_is_the_base_models():
+    core = fake_core(num_pages=100)
+    prompt = [*range(20, 30), *INVOCATION_TOKEN_IDS, *range(30, 38)]
+    requests = []
+    for i, (adapter, num_cached) in enumerate(
+        [(None, 0), ("activated", 8), ("activated", 16), ("activated-too", 8), ("a", 0), (None, 16)]
+    ):
+        requests.append(make_request(f"r{i}", prompt, 3, adapter=adapter))
+        outputs = run_all(core, requests[-1:])
+        assert outputs[f"r{i}"][0].num_cached_tokens == num_cached
+        assert_all_expected(requests[-1:], outputs)
 
 
 def test_a_prompt_that_is_cached_whole_still_computes_its_last_token():
@@ -187,15 +201,19 @@ def test_any_workload_ends_with_the_right_tokens(data, steps_ahead: int):
 
     def add(request_id: str) -> None:
         prompt_len = data.draw(st.integers(1, 14))
+        prompt = [data.draw(st.integers(0, 1))] * prompt_len
+        if prompt_len > 1 and data.draw(st.booleans()):
+            start = data.draw(st.integers(0, prompt_len - 2))
+            prompt[start : start + 2] = INVOCATION_TOKEN_IDS
         max_tokens = data.draw(st.integers(1, max_model_len - prompt_len))
         sampling = dict(KINDS_OF_SAMPLING[data.draw(st.sampled_from(sorted(KINDS_OF_SAMPLING)))])
         if "min_tokens" in sampling:
             sampling["min_tokens"] = min(sampling["min_tokens"], max_tokens)
         request = make_request(
             request_id,
-            [data.draw(st.integers(0, 1))] * prompt_len,
+            prompt,
             max_tokens,
-            adapter=data.draw(st.sampled_from([None, "a", "b", "c"])),
+            adapter=data.draw(st.sampled_from([None, "a", "b", "activated", "activated-too"])),
             num_adapter_pages=3,
             service=Service(tenant=data.draw(st.sampled_from(["", "t"]))),
             eos_token_ids=data.draw(st.sampled_from([(EOS_TOKEN_ID,), range(0, EOS_TOKEN_ID, 8)])),

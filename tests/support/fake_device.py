@@ -32,6 +32,8 @@ from loraplex.lora.spec import AdapterTraits
 
 VOCAB_SIZE = 1000
 EOS_TOKEN_ID = VOCAB_SIZE - 1
+# Of adapters whose names begin with "activated".
+INVOCATION_TOKEN_IDS = (7, 8)
 
 
 def next_token(
@@ -47,9 +49,16 @@ def next_token(
     return token_id
 
 
+def traits_of(adapter: str) -> AdapterTraits:
+    invocation = INVOCATION_TOKEN_IDS if adapter.startswith("activated") else ()
+    return AdapterTraits(max_rank=8, module_mask=1, invocation_token_ids=invocation)
+
+
 def expected_tokens(request: EngineRequest) -> list[int]:
     """The output of a request that is run alone, by the definition of the fake model."""
     adapter = request.lora_request.lora_name if request.lora_request else ""
+    if traits_of(adapter).first_token(request.prompt_token_ids) is None:
+        adapter = ""
     params, output = request.sampling_params, list[int]()
     while len(output) < request.max_tokens:
         random_number = None
@@ -87,7 +96,7 @@ class FakeStore:
         return int(path.split("=")[1])
 
     def traits(self, version: bytes) -> AdapterTraits:
-        return AdapterTraits(max_rank=8, module_mask=1)
+        return traits_of(self.paths[version])
 
     def copy_to_pages(
         self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool
@@ -209,7 +218,8 @@ class FakeRunner:
             block, offset = divmod(position, self.block_size)
             slot = int(batch.block_table[index, block]) * self.block_size + offset
             written_by, written_position, token_id = self.slots[slot]
-            assert (written_by, written_position) == (adapter, position)
+            is_base = position < batch.requests[index].adapter_start
+            assert (written_by, written_position) == ("" if is_base else adapter, position)
             token_ids.append(token_id)
         return token_ids
 
