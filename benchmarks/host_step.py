@@ -15,6 +15,7 @@ import time
 import numpy as np
 
 from loraplex.benchmarks.results import write_result
+from loraplex.benchmarks.simulated_device import fetched, identify
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
 from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo
@@ -28,14 +29,20 @@ VOCAB_SIZE = 32_000
 class NullStore:
     """Adapters of two pages that are always in host memory."""
 
-    def num_pages(self, version, path):
+    def identify(self, lora_request):
+        return identify(lora_request)
+
+    def fetch(self, lora_request):
+        return fetched(lora_request)
+
+    def num_pages(self, files):
         return 2
 
     def traits(self, version):
         return AdapterTraits(max_rank=16, module_mask=1)
 
-    def fingerprint(self, path):
-        return path
+    def drop(self, version):
+        pass
 
     def copy_to_pages(self, version, pages, after_steps, before_steps):
         from concurrent.futures import Future

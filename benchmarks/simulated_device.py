@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraplex.benchmarks.workloads import LLAMA_3_VOCAB_SIZE
-from loraplex.engine.request import ModelInfo
+from loraplex.engine.adapter_manager import AdapterFiles, Identity
+from loraplex.engine.request import LoRARequest, ModelInfo
 from loraplex.engine.step import StepBatch, StepResult
-from loraplex.lora.recipe import Recipe
 from loraplex.lora.spec import AdapterTraits
 
 NUM_LAYERS, HIDDEN_SIZE = 32, 4096
@@ -99,6 +99,30 @@ class SimulatedDevice:
         pass
 
 
+@dataclass(frozen=True)
+class SimulatedFiles:
+    """An adapter that is nothing but its name."""
+
+    name: str
+
+    @property
+    def key(self) -> bytes:
+        return self.name.encode()
+
+    def close(self) -> None:
+        pass
+
+
+def identify(lora_request: LoRARequest) -> Identity:
+    return Identity(((lora_request.lora_path, None),), None)
+
+
+def fetched(lora_request: LoRARequest) -> Future[AdapterFiles]:
+    future: Future[AdapterFiles] = Future()
+    future.set_result(SimulatedFiles(lora_request.lora_path))
+    return future
+
+
 class SimulatedStore:
     """All adapters, of one size, in host memory, and one copy at a time."""
 
@@ -109,14 +133,20 @@ class SimulatedStore:
         self.step_may_begin = 0.0
         """When those end that the next step waits for."""
 
-    def num_pages(self, version: bytes, recipe: Recipe) -> int:
+    def identify(self, lora_request: LoRARequest) -> Identity:
+        return identify(lora_request)
+
+    def fetch(self, lora_request: LoRARequest) -> Future[AdapterFiles]:
+        return fetched(lora_request)
+
+    def num_pages(self, files: AdapterFiles) -> int:
         return self._device.costs.adapter_pages
 
     def traits(self, version: bytes) -> AdapterTraits:
         return AdapterTraits(max_rank=16, module_mask=1)
 
-    def fingerprint(self, path: str) -> str:
-        return path
+    def drop(self, version: bytes) -> None:
+        pass
 
     def copy_to_pages(
         self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool

@@ -8,31 +8,64 @@ Before a copy can start, its image must be in host memory; the store reads it fr
 of its own. Nothing here waits: `num_pages` says whether it is, and is called again next step. An
 adapter is RESIDENT at once where the device has the next step wait for the copy, which is done
 before that step begins, as a rule: so many pages a step.
+
+A version that nobody can ask for any more is unloaded: its pages, its image and its KV go.
 """
 
 from __future__ import annotations
 
 import enum
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from hashlib import blake2b
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from loraplex.engine.page_pool import PagePool, PageState
-from loraplex.engine.request import LoRARequest
-from loraplex.lora.recipe import MergeRecipe, Recipe
+from loraplex.engine.request import LoRARequest, Request, RequestStatus
+from loraplex.lora.recipe import Merge
 from loraplex.lora.spec import AdapterTraits
 
 
-class AdapterStore(Protocol):
-    """Images of adapters in host memory."""
+class Identity(NamedTuple):
+    """What is asked for: equal ones get the same adapter."""
 
-    def num_pages(self, version: bytes, recipe: Recipe) -> int | None:
+    references: tuple[tuple[str, str | None], ...]
+    """Of each part, in its canonical form, and the token if it counts there."""
+    merge: Merge | None
+
+    @property
+    def has_token(self) -> bool:
+        return any(token is not None for _, token in self.references)
+
+
+class AdapterFiles(Protocol):
+    """An adapter's files on this machine, which stay there until this is closed."""
+
+    @property
+    def key(self) -> bytes:
+        """The adapter's version: the same key, the same weights."""
+
+    def close(self) -> None: ...
+
+
+class AdapterStore(Protocol):
+    """Adapters outside the pool: at their sources, on disk, and as images in host memory."""
+
+    def identify(self, lora_request: LoRARequest) -> Identity:
+        """What a request asks for. Raises ValueError for a reference that is none."""
+
+    def fetch(self, lora_request: LoRARequest) -> Future[AdapterFiles]:
+        """Begin to bring the current version to this machine; ValueError in the future, if it can't
+        be had, or not with this token."""
+
+    def num_pages(self, files: AdapterFiles) -> int | None:
         """Pages of the image once it is in host memory; None while it is being read.
 
-        Starts reading where nobody has yet. Raises ValueError if the adapter cannot be served.
+        Starts reading where nobody has yet; the files may be closed already, and are afterwards.
+        Raises ValueError if the adapter cannot be served.
         """
 
     def traits(self, version: bytes) -> AdapterTraits:
@@ -47,8 +80,8 @@ class AdapterStore(Protocol):
         before_steps: steps launched from now on wait for it, on the device.
         """
 
-    def fingerprint(self, path: str) -> str:
-        """Changes when the adapter's files change."""
+    def drop(self, version: bytes) -> None:
+        """Forget the image."""
 
 
 class Residency(enum.Enum):
@@ -62,32 +95,37 @@ class Adapter:
 
     __slots__ = (
         "copy",
+        "files",
+        "identities",
         "lora_request",
+        "num_requests",
         "num_users",
         "num_uses",
         "page_table",
         "pages",
-        "recipe",
         "residency",
         "sort_key",
         "traits",
         "version",
     )
 
-    def __init__(
-        self, lora_request: LoRARequest, recipe: Recipe, version: bytes, sort_key: int
-    ) -> None:
+    def __init__(self, lora_request: LoRARequest, files: AdapterFiles, sort_key: int) -> None:
         self.lora_request = lora_request
-        self.recipe = recipe
-        self.version = version
+        """The first that asked for it."""
+        self.files = files
+        self.version = files.key
         self.sort_key = sort_key
         """Rows of a batch are sorted by this, so that an adapter's rows are one segment."""
         self.residency = Residency.ABSENT
         self.pages: list[int] = []
         self.page_table: npt.NDArray[np.int32] = np.empty(0, np.int32)
         self.traits = AdapterTraits(max_rank=0, module_mask=0)
+        self.identities: set[Identity] = set()
+        """By which new requests get it, as the resolver knows."""
+        self.num_requests = 0
+        """Unfinished requests for it."""
         self.num_users = 0
-        """Running requests that use it."""
+        """Those of them that run."""
         self.num_uses = 0
         """Requests that used it so far."""
         self.copy: Future[None] | None = None
@@ -97,11 +135,17 @@ class AdapterManager:
     """Brings adapters into the pool, counts their users, and gives idle ones back."""
 
     def __init__(
-        self, pool: PagePool, store: AdapterStore, restore_cost: float, num_awaited_pages: int
+        self,
+        pool: PagePool,
+        store: AdapterStore,
+        restore_cost: float,
+        num_awaited_pages: int,
+        on_unload: Callable[[bytes], None],
     ) -> None:
         """restore_cost: cost of copying one page in from the host (see Kind).
 
         num_awaited_pages: pages that a step may wait for to be copied.
+        on_unload is told of versions that will not be used again.
         """
         self._pool = pool
         self._store = store
@@ -110,41 +154,62 @@ class AdapterManager:
         self._num_awaited_pages = num_awaited_pages
         # What is left of those for the next step.
         self._num_awaitable = num_awaited_pages
-        self._adapters: dict[tuple[str, Recipe], Adapter] = {}
+        self._on_unload = on_unload
+        self._adapters: dict[bytes, Adapter] = {}
         self._num_created = 0
         self._copying: list[Adapter] = []
         self.num_loads = 0
         self.num_evictions = 0
 
-    def resolve(self, lora_request: LoRARequest) -> Adapter:
-        """The adapter version that this request means now; begins to read a new one."""
-        paths = tuple(part.lora_path for part in lora_request.parts)
-        merge = lora_request.merge
-        recipe: Recipe = paths[0] if merge is None else MergeRecipe(paths, merge)
-        key = lora_request.lora_name, recipe
-        adapter = self._adapters.get(key)
+    def adopt(self, lora_request: LoRARequest, files: AdapterFiles) -> Adapter:
+        """The adapter of these files, which it may not have yet, or have had before."""
+        adapter = self._adapters.get(files.key)
         if adapter is None:
-            fingerprints = map(self._store.fingerprint, paths)
-            text = "\0".join((lora_request.lora_name, repr(recipe), *fingerprints))
-            version = blake2b(text.encode(), digest_size=16).digest()
-            adapter = Adapter(lora_request, recipe, version, self._num_created)
+            adapter = self._adapters[files.key] = Adapter(lora_request, files, self._num_created)
             self._num_created += 1
-            self._adapters[key] = adapter
+        elif adapter.files is not files:
+            adapter.files.close()
+            adapter.files = files
         return adapter
 
-    def prefetch(self, adapter: Adapter) -> None:
-        """Have the image read into host memory, if it is not there; errors wait for `num_pages`."""
-        if adapter.residency is Residency.ABSENT:
-            try:
-                self._store.num_pages(adapter.version, adapter.recipe)
-            except ValueError:
-                return
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter(self._adapters.values())
+
+    def enter(self, adapter: Adapter) -> None:
+        """A request for it waits from now on: have its image read into host memory, if it is not
+        there. Errors wait for `num_pages`."""
+        adapter.num_requests += 1
+        if adapter.residency is not Residency.ABSENT:
+            adapter.files.close()
+            return
+        try:
+            self._store.num_pages(adapter.files)
+        except ValueError:
+            return
+
+    def leave(self, adapter: Adapter) -> None:
+        """A request for it is finished."""
+        adapter.num_requests -= 1
+        self.unload_unused(adapter)
+
+    def unload_unused(self, adapter: Adapter) -> None:
+        """Free all that a version takes, if no request has it and none can get it any more."""
+        is_wanted = adapter.num_requests > 0 or bool(adapter.identities)
+        if is_wanted or adapter.residency is Residency.COPYING:
+            return
+        if adapter.residency is Residency.RESIDENT:
+            self._pool.take_back(adapter)
+            self._pool.free(self._take_pages(adapter))
+        adapter.files.close()
+        del self._adapters[adapter.version]
+        self._store.drop(adapter.version)
+        self._on_unload(adapter.version)
 
     def num_pages(self, adapter: Adapter) -> int | None:
         """Pages the adapter takes; None while it is read. Raises ValueError if it can't be."""
         if adapter.residency is not Residency.ABSENT:
             return len(adapter.pages)
-        return self._store.num_pages(adapter.version, adapter.recipe)
+        return self._store.num_pages(adapter.files)
 
     def start_copy(self, adapter: Adapter, num_pages: int) -> bool | None:
         """Take pages for an adapter in host memory and begin to fill them; False if none left.
@@ -184,6 +249,7 @@ class AdapterManager:
             adapter.copy.result()
             adapter.copy = None
             self._make_resident(adapter)
+            self.unload_unused(adapter)
         self._copying = still_copying
 
     def _make_resident(self, adapter: Adapter) -> None:
@@ -211,20 +277,29 @@ class AdapterManager:
         self._pool.set_state(adapter.pages, PageState.ADAPTER_IDLE)
 
     def reclaim(self, adapter: Adapter) -> list[int]:
+        self.num_evictions += 1
+        return self._take_pages(adapter)
+
+    def _take_pages(self, adapter: Adapter) -> list[int]:
         pages, adapter.pages = adapter.pages, []
         adapter.page_table = np.empty(0, np.int32)
         adapter.residency = Residency.ABSENT
-        self.num_evictions += 1
         return pages
 
     def num_resident(self) -> int:
         return sum(a.residency is Residency.RESIDENT for a in self._adapters.values())
 
-    def check_integrity(self, num_users: dict[Adapter, int]) -> None:
-        """Adapters and their pages are exactly as these numbers of running users say."""
+    def check_integrity(self, requests: Sequence[Request]) -> None:
+        """Adapters and their pages are exactly as these unfinished requests say."""
+        num_requests = Counter(r.adapter for r in requests)
+        num_users = Counter(r.adapter for r in requests if r.status is RequestStatus.RUNNING)
         owned: set[int] = set()
-        for adapter in self._adapters.values():
-            assert adapter.num_users == num_users.get(adapter, 0), adapter.lora_request
+        for version, adapter in self._adapters.items():
+            assert adapter.version == version
+            assert adapter.num_users == num_users[adapter], adapter.lora_request
+            assert adapter.num_requests == num_requests[adapter], adapter.lora_request
+            is_wanted = adapter.num_requests > 0 or bool(adapter.identities)
+            assert is_wanted or adapter.residency is Residency.COPYING, adapter.lora_request
             assert (adapter.residency is Residency.ABSENT) == (not adapter.pages)
             assert owned.isdisjoint(adapter.pages)
             owned.update(adapter.pages)

@@ -6,6 +6,7 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from loraplex.engine.fair_queue import FairQueue
 from loraplex.engine.request import Request, RequestError, RequestStatus
@@ -46,12 +47,7 @@ class Admission:
         if limit is not None and num_waiting >= limit:
             is_alone = self._queue.num_waiting_of(request.service_key) == 0
             if not is_alone or num_waiting >= FULL_FOR_ALL * limit:
-                raise RequestError(
-                    f"the engine is busy: {num_waiting} requests wait, and max_num_waiting is "
-                    f"{limit}; try again later",
-                    status=429,
-                    retry_after=max(1.0, self._seconds_for(self._queue.backlog / 2)),
-                )
+                self._refuse_busy(num_waiting)
         allowed = self._allowed_seconds(request)
         expected = self.expected_wait(request)
         if allowed is not None and expected > allowed:
@@ -61,6 +57,20 @@ class Admission:
                 status=429,
                 retry_after=max(1.0, expected - allowed),
             )
+
+    def check_fetching(self, num_fetching: int) -> None:
+        """Raises RequestError 429 where one more whose adapter has to be fetched is too many."""
+        num_waiting, limit = len(self._queue) + num_fetching, self._max_num_waiting
+        if limit is not None and num_waiting >= FULL_FOR_ALL * limit:
+            self._refuse_busy(num_waiting)
+
+    def _refuse_busy(self, num_waiting: int) -> NoReturn:
+        raise RequestError(
+            f"the engine is busy: {num_waiting} requests wait, and max_num_waiting is "
+            f"{self._max_num_waiting}; try again later",
+            status=429,
+            retry_after=max(1.0, self._seconds_for(self._queue.backlog / 2)),
+        )
 
     def enter(self, request: Request) -> None:
         """The request, which was checked, waits from now on."""
@@ -95,7 +105,8 @@ class Admission:
         now = self._clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, request = heapq.heappop(self._deadlines)
-            if request.status is RequestStatus.WAITING and request.num_preemptions == 0:
+            has_not_run = request.num_preemptions == 0
+            if request.status in (RequestStatus.FETCHING, RequestStatus.WAITING) and has_not_run:
                 seconds = self._allowed_seconds(request)
                 yield (
                     request,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from loraplex.engine.eviction import POLICIES
+from loraplex.lora.options import check_option, option
+from loraplex.lora.sources.settings import SourceSettings
 
 GIB = 1 << 30
 QUANTIZATIONS = (
@@ -18,13 +20,8 @@ class LoraplexWarning(UserWarning):
     """Something the user should look at, although the engine goes on."""
 
 
-def option(default: Any, help: str) -> Any:
-    """A config field with its help text."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(SourceSettings):
     """Settings of one engine. Never written after construction.
 
     Raises ValueError for a value that is not allowed, and for one that this device or build does
@@ -106,6 +103,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of = {
             "dtype": ("auto", "bfloat16", "float32"),
             "kv_cache_dtype": ("auto", "fp8"),
@@ -117,24 +115,26 @@ class EngineConfig:
             "quantization": (None, *QUANTIZATIONS),
         }
         for name, allowed in one_of.items():
-            _check(name, getattr(self, name), getattr(self, name) in allowed,
+            check_option(name, getattr(self, name), getattr(self, name) in allowed,
                    "one of " + ", ".join(map(repr, allowed)))  # fmt: skip
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len",
                      "pool_bytes", "max_num_waiting"):  # fmt: skip
             value = getattr(self, name)
             if value is not None:
-                _check(
+                check_option(
                     name, value, isinstance(value, int) and value >= 1, "an integer of 1 or more"
                 )
         for name in ("host_adapter_bytes", "adapter_affinity_tokens"):
             value = getattr(self, name)
-            _check(name, value, isinstance(value, int) and value >= 0, "an integer of 0 or more")
+            check_option(
+                name, value, isinstance(value, int) and value >= 0, "an integer of 0 or more"
+            )
         seconds = self.max_queue_seconds
-        _check("max_queue_seconds", seconds, seconds is None or seconds > 0, "above 0")
+        check_option("max_queue_seconds", seconds, seconds is None or seconds > 0, "above 0")
         share = self.gpu_memory_utilization
-        _check("gpu_memory_utilization", share, share is None or 0 < share <= 1,
+        check_option("gpu_memory_utilization", share, share is None or 0 < share <= 1,
                "above 0 and at most 1")  # fmt: skip
-        _check("max_num_batched_tokens", self.max_num_batched_tokens,
+        check_option("max_num_batched_tokens", self.max_num_batched_tokens,
                self.max_num_batched_tokens >= self.max_num_seqs,
                f"at least max_num_seqs={self.max_num_seqs}, so that every running request can "
                "move")  # fmt: skip
@@ -147,8 +147,3 @@ class EngineConfig:
             if name not in known:
                 raise ValueError(f"{name!r} is not an option; the options are {', '.join(known)}")
         return cls(**options)
-
-
-def _check(name: str, value: Any, is_allowed: bool, allowed: str) -> None:
-    if not is_allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from loraplex.engine.adapter_manager import AdapterManager, AdapterStore
+from loraplex.engine.adapter_resolver import AdapterResolver
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.eviction import POLICIES, EvictionPolicy
 from loraplex.engine.input_batch import InputBatch
@@ -108,8 +109,15 @@ class EngineCore:
             self._device.adapter_store,
             ADAPTER_RESTORE_COST,
             self._device.num_awaited_pages,
+            on_unload=self._kv.forget_prefixes,
         )
-        self._scheduler = Scheduler(config, self._pool, self._kv, self._adapters)
+        resolver = AdapterResolver(
+            self._device.adapter_store,
+            self._adapters,
+            config.adapter_authorization_seconds,
+            on_answer=self._wake.set,
+        )
+        self._scheduler = Scheduler(config, self._pool, self._kv, self._adapters, resolver)
         self._input_batch = InputBatch(
             config.max_num_seqs, self.model_info.max_model_len, config.block_size
         )
@@ -173,9 +181,7 @@ class EngineCore:
                 f"{request.max_tokens} is {num_tokens}, above max_model_len="
                 f"{self.model_info.max_model_len}"
             )
-        lora_request = request.lora_request
-        adapter = None if lora_request is None else self._adapters.resolve(lora_request)
-        self._scheduler.add(Request(request, adapter))
+        self._scheduler.add(Request(request))
 
     def abort_requests(self, request_ids: Sequence[str]) -> None:
         """End requests; each gets an output from the next step. Unknown ids are ignored."""
@@ -201,6 +207,7 @@ class EngineCore:
             "page_bytes": self._device.page_bytes,
             "num_running": self._scheduler.num_running,
             "num_waiting": self._scheduler.num_waiting,
+            "num_fetching": self._scheduler.num_fetching,
             "num_adapters_resident": self._adapters.num_resident(),
             "steps": self._num_steps,
             "requests_isolated": self._num_blamed,

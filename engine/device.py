@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from loraplex.engine.config import GIB, EngineConfig
 from loraplex.engine.gpu_runner import MAX_GRAPH_TOKENS, GpuModelRunner
 from loraplex.engine.model_runner import ModelRunner
 from loraplex.engine.models.config import read_model_config, resolve_dtype, resolve_kv_dtype
+from loraplex.engine.models.embedded import cache_root
 from loraplex.engine.models.locate import locate_model, locate_tokenizer, model_name
 from loraplex.engine.models.registry import (
     Model,
@@ -26,12 +27,12 @@ from loraplex.engine.models.registry import (
     outline_model,
     page_bytes,
 )
+from loraplex.engine.pooled_adapters import PooledAdapters
 from loraplex.engine.request import ModelInfo
 from loraplex.engine.tokenizer import read_eos_token_ids
 from loraplex.lora.host_store import HostAdapterStore
-from loraplex.lora.peft_config import adapter_fingerprint
-from loraplex.lora.recipe import Recipe
-from loraplex.lora.spec import AdapterTraits, BaseModelSpec
+from loraplex.lora.sources.fetcher import AdapterFetcher
+from loraplex.lora.spec import BaseModelSpec
 
 MAX_DEFAULT_POOL_BYTES = 4 * GIB
 DEFAULT_POOL_SHARE = 0.4
@@ -41,29 +42,6 @@ MEASURING_PAGES = 2
 # Of adapters, that a step waits for to be copied to a GPU, if the step before does not hide it:
 # some 2 ms. What is more goes on beside the steps.
 AWAITED_COPY_BYTES = 128 << 20
-
-
-class PooledAdapters:
-    """The host store, and the pool's memory that it copies to."""
-
-    def __init__(self, store: HostAdapterStore, memory: torch.Tensor) -> None:
-        self._store = store
-        self._memory = memory
-
-    def num_pages(self, version: bytes, recipe: Recipe) -> int | None:
-        image = self._store.get(version, recipe)
-        return None if image is None else image.num_pages
-
-    def traits(self, version: bytes) -> AdapterTraits:
-        return self._store.image(version).traits
-
-    def copy_to_pages(
-        self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool
-    ) -> Future[None]:
-        return self._store.copy_to_pages(version, self._memory, pages, after_steps, before_steps)
-
-    def fingerprint(self, path: str) -> str:
-        return adapter_fingerprint(path)
 
 
 class TorchDevice:
@@ -127,14 +105,17 @@ class TorchDevice:
             )
         self.num_pages = len(memory)
         linears = ModelLinears(self.runner.linears, like=model.embedding)
-        self._store = HostAdapterStore(
+        store = HostAdapterStore(
             replace(spec, linears=linears),
             self.page_bytes,
             dtype,
             capacity_bytes=config.host_adapter_bytes,
             on_change=wake,
+            retry_seconds=config.adapter_retry_seconds,
         )
-        self.adapter_store = PooledAdapters(self._store, memory)
+        chosen = config.adapter_cache_directory
+        directory = Path(chosen).expanduser() if chosen else cache_root() / "adapters"
+        self.adapter_store = PooledAdapters(AdapterFetcher(config, directory), store, memory)
 
     def _build_gpu_runner(
         self,
@@ -182,7 +163,7 @@ class TorchDevice:
         return torch.empty(num_pages, self.page_bytes, dtype=torch.uint8, device=device)
 
     def close(self) -> None:
-        self._store.close()
+        self.adapter_store.close()
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

@@ -37,6 +37,7 @@ class KVManager:
         self._num_users = [0] * pool.num_pages
         self._page_of: dict[BlockHash, int] = {}
         self._hash_of: dict[int, BlockHash] = {}
+        self._roots = [b""] * pool.num_pages  # Whose weights made the page's block.
         self._num_uses = [0] * pool.num_pages  # Requests that used the page's block so far.
         # The same of blocks that were reclaimed, oldest first: who computes one again goes on
         # from there.
@@ -102,6 +103,8 @@ class KVManager:
             if block_hash not in self._page_of:
                 self._page_of[block_hash] = page
                 self._hash_of[page] = block_hash
+                is_base = (index + 1) * self.block_size <= request.adapter_start
+                self._roots[page] = b"" if is_base else request.adapter_version
                 self._num_uses[page] = self._past_uses.pop(block_hash, 0)
         request.num_keyed_blocks = num_full
 
@@ -136,6 +139,15 @@ class KVManager:
         request.num_computed_tokens = 0
         request.num_keyed_blocks = 0
 
+    def forget_prefixes(self, root: bytes | None = None) -> None:
+        """Empty the prefix cache, or take from it what an adapter version computed. No request may
+        have blocks of that."""
+        pages = [page for page in self._hash_of if root in (None, self._roots[page])]
+        for page in pages:
+            self._pool.take_back(page)
+            self.reclaim(page)
+        self._pool.free(pages)
+
     def reclaim(self, page: int) -> list[int]:
         block_hash = self._hash_of.pop(page)
         del self._page_of[block_hash]
@@ -143,14 +155,6 @@ class KVManager:
         if len(self._past_uses) > self._pool.num_pages:
             self._past_uses.popitem(last=False)
         return [page]
-
-    def forget_prefixes(self) -> None:
-        """Empty the prefix cache. No request may have blocks."""
-        pages = list(self._hash_of)
-        for page in pages:
-            self._pool.take_back(page)
-            self.reclaim(page)
-        self._pool.free(pages)
 
     def _hashes(self, request: Request, num_blocks: int) -> list[BlockHash]:
         """Keys of the request's first blocks, computed once and kept with the request."""

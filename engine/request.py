@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,11 +15,12 @@ from loraplex.lora.recipe import Merge
 
 if TYPE_CHECKING:
     from loraplex.engine.adapter_manager import Adapter
+    from loraplex.engine.adapter_resolver import Question
 
 
 @dataclass(frozen=True)
 class LoRARequest:
-    """Names an adapter: the name is what users and metrics see, the path where it is read from.
+    """Names an adapter: the name is what users and metrics see, the path where it comes from.
 
     Several adapters may be used as one, by merged_adapters instead of a path.
     Raises ValueError naming the field, its value and what is allowed.
@@ -27,18 +28,30 @@ class LoRARequest:
 
     lora_name: str
     lora_path: str = ""
+    """A directory, hub:owner/name[@revision][/subfolder] or s3://bucket/prefix; see
+    loraplex.lora.sources.reference."""
     merged_adapters: MergedAdapters | None = None
     scale: float = 1.0
     """What the adapter adds to the base model is multiplied by this. An adapter of another scale
     takes memory of its own."""
+    token: str | None = field(default=None, repr=False)
+    """Reads the hub for this request: what it may not read is not served, cached or not. None: the
+    engine's own."""
 
     def __post_init__(self) -> None:
+        for name in ("lora_name", "lora_path"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise ValueError(f"{name}={describe(value)} is not allowed: it must be a string")
+        if not isinstance(self.token, str | None):
+            raise ValueError("token=... is not allowed: it must be a string, or None")
         if not self.lora_name:
             raise ValueError("lora_name='' is not allowed: an adapter needs a name")
         if bool(self.lora_path) == (self.merged_adapters is not None):
             raise ValueError(
                 f"lora_path={self.lora_path!r} of adapter {self.lora_name!r} is not allowed: "
-                "give the directory that holds adapter_config.json, or else merged_adapters"
+                "give a directory that holds adapter_config.json, a hub id or s3://bucket/prefix, "
+                "or else merged_adapters"
             )
         if not math.isfinite(self.scale):
             raise ValueError(
@@ -48,8 +61,11 @@ class LoRARequest:
 
     @property
     def parts(self) -> tuple[LoRARequest, ...]:
-        """The adapters to read: itself, or those it merges."""
-        return (self,) if self.merged_adapters is None else self.merged_adapters.adapters
+        """The adapters to read: itself, or those it merges, with its token where they have none."""
+        if self.merged_adapters is None:
+            return (self,)
+        parts = self.merged_adapters.adapters
+        return tuple(replace(part, token=part.token or self.token) for part in parts)
 
     @property
     def merge(self) -> Merge | None:
@@ -192,6 +208,8 @@ class EngineOutput(msgspec.Struct, kw_only=True):
 
 
 class RequestStatus(enum.Enum):
+    FETCHING = enum.auto()
+    """Its adapter's version is asked for at its source, or its files are on their way here."""
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
@@ -221,16 +239,20 @@ class Request:
         "num_scored_tokens",
         "num_tokens",
         "prompt_logprobs",
+        "question",
         "slot",
         "status",
         "stop_token_ids",
         "wire",
     )
 
-    def __init__(self, wire: EngineRequest, adapter: Adapter | None) -> None:
+    def __init__(self, wire: EngineRequest, adapter: Adapter | None = None) -> None:
         params = wire.sampling_params
         self.wire = wire
         self.adapter = adapter
+        """None for the base model, and while it is not known which version is meant."""
+        self.question: Question | None = None
+        """Whose answer it waits for: the adapter resolver's."""
         # The first token that the adapter acts on; from none on, if it is the number of all tokens
         # that there may be. Known when the adapter is in the pool.
         self.adapter_start = 0

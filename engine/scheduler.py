@@ -6,7 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from loraplex.engine.adapter_manager import Adapter, AdapterManager, Residency
+from loraplex.engine.adapter_manager import AdapterManager, Residency
+from loraplex.engine.adapter_resolver import AdapterResolver
 from loraplex.engine.admission import Admission
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.fair_queue import FairQueue
@@ -20,13 +21,19 @@ from loraplex.engine.request import (
     RequestStatus,
 )
 from loraplex.engine.step import StepBatch, StepPlan, StepResult
+from loraplex.lora.spec import AdapterChanged
 
 
 class Scheduler:
     """Owns all requests: waiting ones in a fair queue, running ones in order of admission."""
 
     def __init__(
-        self, config: EngineConfig, pool: PagePool, kv: KVManager, adapters: AdapterManager
+        self,
+        config: EngineConfig,
+        pool: PagePool,
+        kv: KVManager,
+        adapters: AdapterManager,
+        resolver: AdapterResolver,
     ) -> None:
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
@@ -34,8 +41,10 @@ class Scheduler:
         self._pool = pool
         self._kv = kv
         self._adapters = adapters
+        self._resolver = resolver
         self._waiting = FairQueue()
         self._admission = Admission(self._waiting, config.max_num_waiting, config.max_queue_seconds)
+        self._num_fetching = 0
         self._running: list[Request] = []
         self._stopped: list[Request] = []
         self._requests: dict[str, Request] = {}
@@ -52,12 +61,43 @@ class Scheduler:
         if request.request_id in self._requests:
             raise RequestError(f"request_id={request.request_id!r} is in use by another request")
         self._check_fits(request, num_adapter_pages=0)
-        self._admission.check(request)
+        is_known = self._find_adapter(request)
+        try:
+            if is_known:
+                self._admission.check(request)
+            else:
+                self._admission.check_fetching(self._num_fetching)
+        except RequestError:
+            if not is_known:
+                self._resolver.leave(request)
+            raise
         self._requests[request.request_id] = request
-        self._waiting.enter(request)
         self._admission.enter(request)
+        self._enqueue(request, is_known)
+
+    def _find_adapter(self, request: Request) -> bool:
+        """Whether it is known which adapter version the request wants; else it will be told.
+
+        Raises RequestError.
+        """
+        if request.wire.lora_request is None:
+            return True
+        try:
+            request.adapter = self._resolver.resolve(request)
+        except ValueError as error:
+            raise RequestError(str(error), getattr(error, "status", 400)) from error
+        return request.adapter is not None
+
+    def _enqueue(self, request: Request, is_known: bool) -> None:
+        """The request waits for its turn, or first for its adapter to be known."""
+        if not is_known:
+            request.status = RequestStatus.FETCHING
+            self._num_fetching += 1
+            return
+        request.status = RequestStatus.WAITING
+        self._waiting.enter(request)
         if request.adapter is not None:
-            self._adapters.prefetch(request.adapter)
+            self._adapters.enter(request.adapter)
 
     def abort(self, request_id: str) -> None:
         """End a request; unknown and finished ones are ignored."""
@@ -75,7 +115,12 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """With those whose adapters are fetched."""
+        return len(self._waiting) + self._num_fetching
+
+    @property
+    def num_fetching(self) -> int:
+        return self._num_fetching
 
     # -- one step --------------------------------------------------------------------------
 
@@ -90,9 +135,10 @@ class Scheduler:
         """
         self._pool.clock += 1
         self._adapters.finish_copies()
+        self._take_answers()
         self._admission.record_step()
         for request, error in self._admission.take_late():
-            self._waiting.remove(request)
+            self._take_out(request)
             self._finish_with_error(request, error)
         plan = StepPlan()
         budget = self._schedule_running(plan)
@@ -103,6 +149,23 @@ class Scheduler:
             if request.num_computed_tokens == request.num_tokens:
                 request.num_tokens += 1  # the step samples the next one
         return plan
+
+    def _take_answers(self) -> None:
+        """Queue the requests whose adapters are known now."""
+        for request, outcome in self._resolver.take_answers():
+            try:
+                if isinstance(outcome, ValueError):
+                    raise outcome
+                request.adapter = outcome
+                self._admission.check(request)
+            except ValueError as error:
+                if request.adapter is not None:
+                    request.adapter.files.close()
+                self._num_fetching -= 1
+                self._finish_with_error(request, error)
+            else:
+                self._num_fetching -= 1
+                self._enqueue(request, is_known=True)
 
     def _schedule_running(self, plan: StepPlan) -> int:
         """Move running requests on; returns what is left of the token budget."""
@@ -138,6 +201,9 @@ class Scheduler:
         for request in candidates:
             try:
                 is_ready = self._bring_adapter(request)
+            except AdapterChanged as error:
+                self._ask_again(request, error)
+                continue
             except ValueError as error:
                 self._waiting.remove(request)
                 self._finish_with_error(request, error)
@@ -170,11 +236,27 @@ class Scheduler:
             return True
         if adapter.residency is Residency.COPYING:
             return None
-        num_pages = self._adapters.num_pages(adapter)
+        try:
+            num_pages = self._adapters.num_pages(adapter)
+        except ValueError:
+            self._resolver.forget(adapter)
+            raise
         if num_pages is None:
             return None
         self._check_fits(request, num_pages)
         return self._adapters.start_copy(adapter, num_pages)
+
+    def _ask_again(self, request: Request, error: AdapterChanged) -> None:
+        """The version that a waiting request wants is gone: another one will do, unless that has
+        computed some of its output."""
+        self._waiting.remove(request)
+        if request.num_preemptions > 0:
+            self._finish_with_error(request, error)
+            return
+        self._leave(request)
+        request.adapter = None
+        request.block_hashes.clear()
+        self._enqueue(request, self._find_adapter(request))
 
     def _admit(self, request: Request, budget: int) -> int:
         """Start or resume a request; returns its tokens for this step, 0 if memory lacks."""
@@ -217,6 +299,10 @@ class Scheduler:
 
     def _take_out(self, request: Request) -> None:
         """Off the queue it is in, and off what it holds."""
+        if request.status is RequestStatus.FETCHING:
+            self._resolver.leave(request)
+            self._num_fetching -= 1
+            return
         if request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
             return
@@ -316,23 +402,29 @@ class Scheduler:
         self._forget(request)
 
     def _forget(self, request: Request) -> None:
+        if request.status is not RequestStatus.FETCHING:
+            self._leave(request)
         request.status = RequestStatus.FINISHED
         del self._requests[request.request_id]
+
+    def _leave(self, request: Request) -> None:
+        """The request, which neither waits nor runs any more, is of no key and no adapter."""
         self._waiting.leave(request)
+        if request.adapter is not None:
+            self._adapters.leave(request.adapter)
 
     def check_integrity(self, in_flight: Sequence[StepBatch]) -> None:
         """Requests, blocks, adapters, pages and the steps in flight agree; also every page has one
         owner."""
         self._pool.check_integrity()
         self._kv.check_integrity(self._running)
-        num_users: dict[Adapter, int] = {}
-        for request in self._running:
-            if request.adapter is not None:
-                num_users[request.adapter] = num_users.get(request.adapter, 0) + 1
-        self._adapters.check_integrity(num_users)
         in_queues = [*self._running, *self._waiting]
-        assert len(in_queues) == len(self._requests)
-        assert {r.request_id for r in in_queues} == self._requests.keys()
+        self._adapters.check_integrity(in_queues)
+        self._resolver.check_integrity()
+        fetching = [r for r in self._requests.values() if r.status is RequestStatus.FETCHING]
+        assert len(fetching) == self._num_fetching
+        assert len(in_queues) + len(fetching) == len(self._requests)
+        assert {r.request_id for r in in_queues + fetching} == self._requests.keys()
         assert all(r.status is RequestStatus.RUNNING for r in self._running)
         assert all(not r.block_table for r in self._waiting)
         num_pending = Counter(b.requests[i] for b in in_flight for i in b.sampled.tolist())

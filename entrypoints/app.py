@@ -15,6 +15,7 @@ from loraplex.entrypoints import (
     openai_completions,
     operator_routes,
 )
+from loraplex.entrypoints.adapter_places import AdapterPlaces
 from loraplex.entrypoints.api_keys import KeyRing
 from loraplex.entrypoints.errors import ApiError, IncompleteGeneration, to_lorax_error
 from loraplex.entrypoints.gate import Gate
@@ -28,7 +29,7 @@ def build_app(serving: Serving, config: ServerConfig, keys: KeyRing | None) -> F
     app = FastAPI(title="Loraplex", version=loraplex.__version__)
     app.state.serving = serving
     app.state.is_draining = False
-    app.state.runtime_lora_directory = config.runtime_lora_directory
+    app.state.adapter_places = AdapterPlaces(config.allow_runtime_lora or ())
     for module in (openai_completions, openai_chat, lorax_routes, operator_routes):
         app.include_router(module.router)
     # Each by name: what only Exception's handler knows is logged as a crash.

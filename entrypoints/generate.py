@@ -29,7 +29,11 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Take the prompt as a user's message, in the model's chat template.",
     )
-    group.add_argument("--adapter", metavar="PATH", help="Directory of an adapter to apply.")
+    group.add_argument(
+        "--adapter",
+        metavar="PATH",
+        help="Adapter to apply: a directory, hub:owner/name or s3://bucket/prefix.",
+    )
     group.add_argument("--max-tokens", type=int, default=128, help="Default: %(default)s.")
     group.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy.")
     group.add_argument("--top-p", type=float, default=1.0, help="Default: %(default)s, all.")

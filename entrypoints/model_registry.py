@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraplex.engine.request import LoRARequest
+from loraplex.engine.request import LoRARequest, RequestError
 from loraplex.entrypoints.errors import ApiError
+from loraplex.lora.sources.reference import AdapterReference
 
 
 class ModelRegistry:
-    """The served names. Adapters are only names and paths here; the engine loads them when used.
+    """The served names. Adapters are only names and references here; the engine fetches and loads
+    them when they are used.
 
     Raises ValueError for an adapter name that is taken.
     """
@@ -83,16 +85,16 @@ class ModelRegistry:
         }
 
 
-def holds_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file()
-
-
-def adapter_from_path(name: str, path: str) -> LoRARequest:
-    """An adapter to register. Raises ValueError if there is none at the path."""
-    directory = Path(path).expanduser().absolute()
-    if not holds_adapter(directory):
-        raise ValueError(
-            f"lora_path={path!r} of adapter {name!r} is not allowed: it must be a directory with "
-            "an adapter_config.json"
+def adapter_request(
+    name: str, reference: AdapterReference, token: str | None = None
+) -> LoRARequest:
+    """A request for an adapter. Raises RequestError 404 for a directory that holds none."""
+    if reference.source != "file":
+        return LoRARequest(name, str(reference), token=token)
+    if not (Path(reference.location) / "adapter_config.json").is_file():
+        raise RequestError(
+            f"lora_path={reference.location!r} of adapter {name!r} is not allowed: it must be a "
+            "directory with an adapter_config.json",
+            status=404,
         )
-    return LoRARequest(name, str(directory))
+    return LoRARequest(name, reference.location)

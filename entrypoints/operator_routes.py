@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -12,8 +11,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 import loraplex
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.core_client import EngineDeadError
+from loraplex.entrypoints.adapter_places import AdapterPlaces
 from loraplex.entrypoints.errors import ApiError
-from loraplex.entrypoints.model_registry import adapter_from_path, holds_adapter
+from loraplex.entrypoints.model_registry import adapter_request
 from loraplex.entrypoints.openai_requests import StrictModel
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import json_response
@@ -53,23 +53,10 @@ async def show_model(name: str, request: Request) -> Response:
 
 @router.post("/v1/load_lora_adapter")
 async def load_adapter(body: LoadAdapterRequest, request: Request) -> Response:
-    """Serve an adapter from now on. It is read when it is first used."""
+    """Serve an adapter from now on. It is fetched and read when it is first used."""
     serving: Serving = request.app.state.serving
-    directory = _runtime_directory(request)
-    path = Path(body.lora_path).expanduser().resolve()
-    if not path.is_relative_to(directory):
-        raise ApiError(
-            403,
-            f"lora_path={body.lora_path!r} is not allowed: this server loads adapters from below "
-            f"{directory} only",
-            param="lora_path",
-        )
-    if not holds_adapter(path):
-        raise ApiError(
-            404, f"lora_path={body.lora_path!r} holds no adapter_config.json", param="lora_path"
-        )
-    adapter = adapter_from_path(body.lora_name, str(path))
-    serving.models.add(adapter)
+    reference = _places(request).parse(body.lora_path)
+    serving.models.add(adapter_request(body.lora_name, reference))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -77,7 +64,7 @@ async def load_adapter(body: LoadAdapterRequest, request: Request) -> Response:
 async def unload_adapter(body: UnloadAdapterRequest, request: Request) -> Response:
     """Serve an adapter no more. Requests that run go on; its memory is reclaimed when needed."""
     serving: Serving = request.app.state.serving
-    _runtime_directory(request)
+    _places(request)
     serving.models.remove(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -131,9 +118,9 @@ async def _core_stats(engine: AsyncEngine) -> dict | None:
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
 
-def _runtime_directory(request: Request) -> Path:
+def _places(request: Request) -> AdapterPlaces:
     """Where adapters may be loaded from while the server runs. Raises ApiError 403 if nowhere."""
-    directory: Path | None = request.app.state.runtime_lora_directory
-    if directory is None:
+    places: AdapterPlaces = request.app.state.adapter_places
+    if not places:
         raise ApiError(403, "adapters can't be changed: start the server with --allow-runtime-lora")
-    return directory
+    return places

@@ -19,11 +19,12 @@ from loraplex.entrypoints.access_log import start_access_log
 from loraplex.entrypoints.api_keys import make_key_ring
 from loraplex.entrypoints.app import build_app
 from loraplex.entrypoints.metrics import ServerMetrics
-from loraplex.entrypoints.model_registry import ModelRegistry, adapter_from_path
+from loraplex.entrypoints.model_registry import ModelRegistry, adapter_request
 from loraplex.entrypoints.server_config import ServerConfig
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import unless
 from loraplex.entrypoints.supervisor import Supervisor
+from loraplex.lora.sources.reference import parse_adapter_reference
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,10 @@ def run_server(engine: AsyncEngine, config: ServerConfig) -> None:
 
 async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
     # What can be wrong here is told before a model is loaded for minutes.
-    adapters = [adapter_from_path(name, path) for name, path in config.adapter_paths()]
+    adapters = [
+        adapter_request(name, parse_adapter_reference(path))
+        for name, path in config.adapter_paths()
+    ]
     keys = make_key_ring(config)
     if config.access_log:
         start_access_log()

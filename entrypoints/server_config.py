@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from loraplex.engine.config import option
+from loraplex.entrypoints.adapter_places import AdapterPlaces
 from loraplex.entrypoints.limits import Limits
+from loraplex.lora.options import option
 
 API_KEY_VARIABLE = "LORAPLEX_API_KEY"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -51,16 +51,17 @@ class ServerConfig:
     lora_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Adapters to serve; requests choose them by name.",
+            "help": "Adapters to serve; requests choose them by name. A path is a directory, "
+            "hub:owner/name[@revision][/subfolder] or s3://bucket/prefix.",
             "metavar": "NAME=PATH",
         },
     )
-    allow_runtime_lora: str | None = field(
+    allow_runtime_lora: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Let clients add and remove adapters that lie below this directory, through "
-            "/v1/load_lora_adapter and /v1/unload_lora_adapter.",
-            "metavar": "DIRECTORY",
+            "help": "Let clients add and remove adapters that lie below these, while the server "
+            "runs: directories, s3://bucket/prefix, hub:owner, or hub for all of the hub.",
+            "metavar": "PLACE",
         },
     )
     shutdown_grace: float = option(
@@ -82,14 +83,13 @@ class ServerConfig:
             ("client_timeout", 0 < self.client_timeout < 1e6, "above 0 and below a million"),
             ("shutdown_grace", 0 <= self.shutdown_grace < math.inf, "0 or more seconds"),
             ("log_level", self.log_level in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
-            ("allow_runtime_lora", self.runtime_lora_directory is None
-             or self.runtime_lora_directory.is_dir(), "a directory"),
         ]  # fmt: skip
         for name, is_allowed, allowed in checks:
             if not is_allowed:
                 value = "..." if name == "api_key" else repr(getattr(self, name))
                 raise ValueError(f"{name}={value} is not allowed: it must be {allowed}")
         self.adapter_paths()
+        AdapterPlaces(self.allow_runtime_lora or ())
 
     def api_keys(self) -> list[str]:
         from_environment = os.environ.get(API_KEY_VARIABLE)
@@ -103,13 +103,6 @@ class ServerConfig:
             max_output_tokens=self.max_output_tokens,
             request_timeout=self.request_timeout,
         )
-
-    @property
-    def runtime_lora_directory(self) -> Path | None:
-        """allow_runtime_lora without symbolic links, as the adapters' paths are compared."""
-        if self.allow_runtime_lora is None:
-            return None
-        return Path(self.allow_runtime_lora).expanduser().resolve()
 
     def adapter_paths(self) -> list[tuple[str, str]]:
         """The names and paths in lora_modules."""

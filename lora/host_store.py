@@ -1,7 +1,7 @@
 """Adapter images in host memory, read and copied by threads of their own so that nobody waits.
 
-Knows nothing of requests or pages: an adapter is an opaque key, and what calls the store decides
-when to copy where.
+Knows nothing of requests, pages or sources: an adapter is an opaque key and a way to have its
+files, and what calls the store decides when to copy where.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from threading import Lock
+from typing import Protocol
 
 import torch
 
@@ -25,6 +26,19 @@ from loraplex.lora.recipe import Recipe
 from loraplex.lora.spec import AdapterError, BaseModelSpec
 
 logger = logging.getLogger(__name__)
+
+
+class AdapterFiles(Protocol):
+    """Files that stay where they are until this is closed."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    def close(self) -> None: ...
+
+
+OpenFiles = Callable[[], Future[AdapterFiles]]
+"""Begins to bring an adapter's files here; AdapterError, in the future, if that can't be."""
 
 
 @dataclass(slots=True)
@@ -43,6 +57,8 @@ class _Held:
 class _Failure:
     error: AdapterError
     retry_at: float
+    is_reported: bool = False
+    """Once at least, however late who asked asks again."""
 
 
 class HostAdapterStore:
@@ -61,14 +77,17 @@ class HostAdapterStore:
         num_threads: int = 4,
         on_change: Callable[[], None] = lambda: None,
         retry_seconds: float = 5.0,
+        await_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """capacity_bytes: memory for images. One that is larger is kept while it is needed.
 
         num_threads: readers. More than a few read less: they wait for the process's page tables.
 
-        on_change is called, by a thread of the store, when a read or a copy has ended.
-        retry_seconds: how long a failure is reported, before the next `get` reads again; and how
-        long an image that nobody copies is kept for those who asked for it.
+        on_change is called, by any thread, when files have come and when a read or a copy has
+        ended.
+        retry_seconds: how long a failure is reported, before the next `get` reads again.
+        await_seconds: how long an image that nobody copies is kept for those who asked for it.
         """
         self._spec = spec
         self._page_bytes = page_bytes
@@ -77,11 +96,15 @@ class HostAdapterStore:
         self._num_threads = num_threads
         self._on_change = on_change
         self._retry_seconds = retry_seconds
+        self._await_seconds = await_seconds
+        self._clock = clock
         self._lock = Lock()
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
         self._failures: OrderedDict[Hashable, _Failure] = OrderedDict()
-        self._queue: OrderedDict[Hashable, Recipe] = OrderedDict()
+        self._opening: set[Hashable] = set()
+        self._queue: OrderedDict[Hashable, AdapterFiles] = OrderedDict()
         self._reading: set[Hashable] = set()
+        self._unwanted: set[Hashable] = set()  # Of those that are opened or read now.
         self._num_bytes = 0
         self._full_until = 0.0  # Until then, or until a copy ends, no image can be dropped.
         self._num_loads = self._num_failures = self._num_drops = self._loaded_bytes = 0
@@ -92,7 +115,7 @@ class HostAdapterStore:
         # Apart from the readers, so that what is ready never waits for what is not.
         self._copiers = ThreadPoolExecutor(1, "adapter-copier")
 
-    def get(self, key: Hashable, recipe: Recipe) -> AdapterImage | None:
+    def get(self, key: Hashable, open_files: OpenFiles) -> AdapterImage | None:
         """The image; None while it is being read, which this begins where nobody has yet.
 
         Raises AdapterError if it could not be read, for retry_seconds after that.
@@ -103,15 +126,36 @@ class HostAdapterStore:
                 self._held.move_to_end(key)
                 return held.image
             self._forget_old_failures()
-            if key in self._failures:
-                error = self._failures[key].error
-                raise AdapterError(str(error), error.status)
-            if key not in self._reading:
-                self._queue.setdefault(key, recipe)
-            if self._can_read() and not self._has_room():
-                self._make_room()
+            failure = self._failures.get(key)
+            if failure is not None:
+                if not failure.is_reported or self._clock() < failure.retry_at:
+                    failure.is_reported = True
+                    raise type(failure.error)(str(failure.error), failure.error.status)
+                del self._failures[key]
+            self._unwanted.discard(key)
+            is_under_way = key in self._opening or key in self._queue or key in self._reading
+            if is_under_way or self._is_closed:
+                if self._can_read() and not self._has_room():
+                    self._make_room()
+                self._start_reads()
+                return None
+            self._opening.add(key)
+        open_files().add_done_callback(partial(self._take_files, key))
+        return None
+
+    def drop(self, key: Hashable) -> None:
+        """Give an image up, also one that is being read. A copy that is under way goes on."""
+        with self._lock:
+            if key in self._opening or key in self._reading:
+                self._unwanted.add(key)
+            queued = self._queue.pop(key, None)
+            if queued is not None:
+                queued.close()
+            held = self._held.pop(key, None)
+            if held is not None:
+                self._num_bytes -= held.image.num_bytes
+                self._full_until = 0.0
             self._start_reads()
-            return None
 
     def image(self, key: Hashable) -> AdapterImage:
         """The image of a key that is in host memory."""
@@ -165,7 +209,7 @@ class HostAdapterStore:
             return {
                 "images": len(self._held),
                 "bytes": self._num_bytes,
-                "reading": len(self._reading) + len(self._queue),
+                "reading": len(self._opening) + len(self._queue) + len(self._reading),
                 "loads": self._num_loads,
                 "failures": self._num_failures,
                 "drops": self._num_drops,
@@ -181,7 +225,8 @@ class HostAdapterStore:
         """End the threads, and wait for what they are at."""
         with self._lock:
             self._is_closed = True
-            self._queue.clear()
+            while self._queue:
+                self._queue.popitem()[1].close()
         self._readers.shutdown()
         self._copiers.shutdown()
 
@@ -190,8 +235,9 @@ class HostAdapterStore:
         with self._lock:
             assert self._num_bytes == sum(h.image.num_bytes for h in self._held.values())
             assert len(self._reading) <= self._num_threads
-            keys = [*self._held, *self._failures, *self._queue, *self._reading]
+            keys = [*self._held, *self._failures, *self._opening, *self._queue, *self._reading]
             assert len(keys) == len(set(keys)), "a key is in one state"
+            assert self._unwanted <= self._opening | self._reading
             assert all(held.num_copies >= 0 for held in self._held.values())
 
     # -- with the lock held ----------------------------------------------------------------
@@ -203,9 +249,9 @@ class HostAdapterStore:
     def _start_reads(self) -> None:
         """Read what waits, as threads and memory allow: one larger than all memory on its own."""
         while self._can_read() and (self._has_room() or not (self._held or self._reading)):
-            key, recipe = self._queue.popitem(last=False)
+            key, files = self._queue.popitem(last=False)
             self._reading.add(key)
-            self._readers.submit(self._read, key, recipe)
+            self._readers.submit(self._read, key, files)
 
     def _has_room(self) -> bool:
         """Whether what is being read, and one more, fit: an image's size is known when it is."""
@@ -215,7 +261,7 @@ class HostAdapterStore:
 
     def _make_room(self) -> None:
         """Drop images until one more fits, as far as nobody waits for them or copies them."""
-        now = time.monotonic()
+        now = self._clock()
         if now < self._full_until:
             return
         for key, held in list(self._held.items()):
@@ -228,40 +274,70 @@ class HostAdapterStore:
         ends = [held.awaited_until for held in self._held.values() if held.num_copies == 0]
         self._full_until = min(ends, default=math.inf)
 
+    def _is_wanted(self, key: Hashable) -> bool:
+        """Whether a key that is not opened or read any more was not dropped meanwhile."""
+        is_unwanted = key in self._unwanted
+        self._unwanted.discard(key)
+        return not is_unwanted and not self._is_closed
+
+    def _fail(self, key: Hashable, error: AdapterError) -> None:
+        self._failures[key] = _Failure(error, self._clock() + self._retry_seconds)
+        self._num_failures += 1
+
     def _forget_old_failures(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         while self._failures:
             key, failure = next(iter(self._failures.items()))
-            if failure.retry_at > now:
+            if failure.retry_at + self._await_seconds > now:
                 return
             del self._failures[key]
 
     # -- in the threads --------------------------------------------------------------------
 
-    def _read(self, key: Hashable, recipe: Recipe) -> None:
-        start = time.monotonic()
+    def _take_files(self, key: Hashable, opened: Future[AdapterFiles]) -> None:
+        """The files are here, or can't be: called by whoever brought them."""
+        with self._lock:
+            self._opening.discard(key)
+            error = opened.exception()
+            is_wanted = self._is_wanted(key)
+            if isinstance(error, AdapterError):
+                if is_wanted:
+                    self._fail(key, error)
+            elif is_wanted:
+                self._queue[key] = opened.result()
+                self._start_reads()
+            else:
+                opened.result().close()
+        self._on_change()
+
+    def _read(self, key: Hashable, files: AdapterFiles) -> None:
+        start = self._clock()
         outcome: AdapterImage | AdapterError
         try:
-            outcome = load_adapter(recipe, self._spec, self._page_bytes, self._dtype)
+            outcome = load_adapter(files.recipe, self._spec, self._page_bytes, self._dtype)
             if torch.cuda.is_available():
                 outcome.pin()
         except AdapterError as error:
             outcome = error
         except Exception as error:
-            logger.exception("reading adapter %s failed", recipe)
-            outcome = AdapterError(f"adapter {recipe!r} could not be read: {error!r}", status=500)
-        end = time.monotonic()
+            logger.exception("reading adapter %s failed", files.recipe)
+            outcome = AdapterError(
+                f"adapter {files.recipe!r} could not be read: {error!r}", status=500
+            )
+        files.close()
+        end = self._clock()
         with self._lock:
             self._reading.discard(key)
-            if isinstance(outcome, AdapterImage):
-                self._held[key] = _Held(outcome, end - start, end + self._retry_seconds)
+            if not self._is_wanted(key):
+                pass
+            elif isinstance(outcome, AdapterImage):
+                self._held[key] = _Held(outcome, end - start, end + self._await_seconds)
                 self._num_bytes += outcome.num_bytes
                 self._num_loads += 1
                 self._loaded_bytes += outcome.num_bytes
                 self._load_seconds += end - start
             else:
-                self._failures[key] = _Failure(outcome, end + self._retry_seconds)
-                self._num_failures += 1
+                self._fail(key, outcome)
             self._start_reads()
         self._on_change()
 

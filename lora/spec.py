@@ -18,6 +18,13 @@ class AdapterError(ValueError):
         self.status = status
 
 
+class AdapterChanged(AdapterError):
+    """The version that was asked for is not to be had any more; another one may be."""
+
+    def __init__(self, message: str, status: int = 409) -> None:
+        super().__init__(message, status)
+
+
 @dataclass(frozen=True)
 class LoRAModule:
     """A linear that every layer of the base model has, and that adapters may target."""

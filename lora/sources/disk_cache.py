@@ -51,14 +51,10 @@ class DiskCache:
 
     def __init__(self, directory: Path, capacity_bytes: int) -> None:
         """capacity_bytes: for entries and what is left of interrupted downloads. What is being
-        read or downloaded stays even if it is more."""
+        read or downloaded stays even if it is more. The directory is made when it is needed."""
         self._directory = directory
         self._capacity_bytes = capacity_bytes
-        for name in ("entries", "partial", "aliases", "trash"):
-            # Private adapters are nobody else's business.
-            (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        for leftover in (directory / "trash").iterdir():
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._is_prepared = False
 
     def lease(self, identity: Identity) -> Lease | None:
         """The entry, if it is there and whole."""
@@ -87,6 +83,7 @@ class DiskCache:
         What an interrupted `write` has left there is what the next finds. num_bytes: what room to
         make for it. on_wait is called again and again while another makes it, and may raise.
         """
+        self._prepare()
         key = _key(identity)
         partial, entry = self._directory / "partial" / key, self._directory / "entries" / key
         while True:
@@ -120,6 +117,7 @@ class DiskCache:
 
     def make_room(self, num_bytes: int) -> None:
         """Remove what was least recently used until so many bytes more fit, or all is in use."""
+        self._prepare()
         with wait_for_lock(self._directory / LOCK):
             found = sorted(
                 (_last_used(path), path, _num_bytes(path))
@@ -135,11 +133,16 @@ class DiskCache:
 
     def num_bytes(self) -> int:
         """Bytes on disk, with what is being downloaded."""
-        paths = [p for n in ("entries", "partial") for p in (self._directory / n).iterdir()]
+        paths = [p for n in ("entries", "partial") for p in (self._directory / n).glob("*")]
         return sum(map(_num_bytes, paths))
+
+    def remove(self, identity: Identity) -> bool:
+        """Whether an entry is not there any more; it stays while somebody reads it."""
+        return self._remove(self._directory / "entries" / _key(identity))
 
     def remember(self, alias: Identity, identity: Identity) -> None:
         """Note that the alias means this identity now."""
+        self._prepare()
         path = self._directory / "aliases" / _key(alias)
         temporary = self._directory / "trash" / uuid.uuid4().hex
         temporary.write_text(json.dumps(identity))
@@ -152,6 +155,16 @@ class DiskCache:
         except (FileNotFoundError, ValueError):
             return None
         return identity if (self._directory / "entries" / _key(identity)).exists() else None
+
+    def _prepare(self) -> None:
+        if self._is_prepared:
+            return
+        for name in ("entries", "partial", "aliases", "trash"):
+            # Private adapters are nobody else's business.
+            (self._directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        for leftover in (self._directory / "trash").iterdir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._is_prepared = True
 
     def _remove(self, path: Path) -> bool:
         """Whether a directory is gone now; not, if somebody reads or writes it."""

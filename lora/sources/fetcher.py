@@ -34,55 +34,10 @@ from loraplex.lora.sources.listing import (
 from loraplex.lora.sources.local import LocalSource
 from loraplex.lora.sources.reference import AdapterReference, SourceName
 from loraplex.lora.sources.s3 import S3Source
-from loraplex.lora.spec import AdapterError
+from loraplex.lora.sources.settings import SourceSettings
+from loraplex.lora.spec import AdapterChanged, AdapterError
 
 logger = logging.getLogger(__name__)
-
-GIB = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceSettings:
-    """Where adapters may come from, and at what price."""
-
-    cache_directory: Path
-    cache_bytes: int = 64 * GIB
-    """What may stay on disk of the adapters that were downloaded."""
-    roots: tuple[str, ...] = ()
-    """Directories below which local adapters may be; none allow any, as for one's own program."""
-    s3_roots: tuple[str, ...] = ()
-    """"bucket" or "bucket/prefix", below which clients may read; none allow any."""
-    s3_endpoint_url: str | None = None
-    """Of a store that isn't AWS."""
-    hub_endpoint: str | None = None
-    """Default: HF_ENDPOINT's, or huggingface.co."""
-    hub_token: str | None = field(default=None, repr=False)
-    """Reads the hub for requests that bring no token: all that it may read, they may."""
-    allow_pickled: bool = False
-    """Whether adapter_model.bin is read where there is no safetensors file."""
-    max_adapter_bytes: int = 8 * GIB
-    """The most that the files of one adapter may take to download."""
-    timeout_seconds: float = 600.0
-    """The longest that a fetch may take, with all its attempts."""
-    stall_seconds: float = 10.0
-    """The longest wait for a connection or for its next bytes."""
-    max_attempts: int = 5
-    """How often a source that does not answer as it should is asked."""
-    backoff_seconds: float = 0.5
-    """The wait before the second attempt; each further one is twice as long."""
-    retry_seconds: float = 5.0
-    """How long a failure is reported without another attempt."""
-    num_threads: int = 64
-    """Fetches at a time, of each source."""
-
-    def __post_init__(self) -> None:
-        least = {"timeout_seconds": 0.001, "stall_seconds": 0.001, "cache_bytes": 0,
-                 "backoff_seconds": 0, "retry_seconds": 0, "max_adapter_bytes": 1,
-                 "max_attempts": 1, "num_threads": 1}  # fmt: skip
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value < minimum:
-                raise ValueError(f"{name}={value!r} is not allowed: it must be {minimum} or more")
 
 
 @dataclass(frozen=True)
@@ -95,6 +50,8 @@ class FetchedAdapter:
     num_bytes: int
     lease: Lease | None = field(repr=False)
     """None: the files are where the user has them."""
+    token: str | None = field(repr=False)
+    """What they were read with, of the request's own."""
 
     @property
     def version(self) -> str:
@@ -105,6 +62,20 @@ class FetchedAdapter:
     def key(self) -> bytes:
         """Where the files come from and their version: the same key, the same weights."""
         return blake2b("\0".join(self.identity).encode(), digest_size=16).digest()
+
+    @property
+    def holds_files(self) -> bool:
+        """Whether the cache keeps the files for this: not once it is closed."""
+        return self.lease is not None and self.lease.lock.is_open
+
+    def share(self) -> FetchedAdapter:
+        """The same files, to be closed on their own. Raises AdapterError."""
+        try:
+            return replace(self, lease=self.lease.share() if self.lease else None)
+        except OSError as error:  # A lease is an open file, of which a process has only so many.
+            raise AdapterError(
+                f"adapter {str(self.reference)!r} cannot be opened: {error.strerror}", 503
+            ) from None
 
     def close(self) -> None:
         if self.lease is not None:
@@ -117,7 +88,7 @@ class FetchedAdapter:
         self.close()
 
 
-_Key = tuple[AdapterReference, str | None]
+_Key = tuple[AdapterReference, str | None, Identity | None]
 
 
 @dataclass(eq=False)
@@ -135,22 +106,25 @@ class AdapterFetcher:
     already still asks its source for the version, and whether this token may read it.
     """
 
-    def __init__(self, settings: SourceSettings) -> None:
+    def __init__(self, settings: SourceSettings, cache_directory: Path) -> None:
+        """cache_directory: where downloads are kept."""
         self._settings = settings
-        self._cache = DiskCache(settings.cache_directory, settings.cache_bytes)
+        self._cache = DiskCache(cache_directory, settings.adapter_cache_bytes)
         self._sources: dict[SourceName, Source] = {
-            "hub": HubSource(settings.hub_endpoint, settings.hub_token, self._cache.recall),
-            "file": LocalSource(settings.roots),
+            "hub": HubSource(
+                settings.adapter_hub_endpoint, settings.effective_hub_token(), self._cache.recall
+            ),
+            "file": LocalSource(settings.adapter_roots or ()),
             "s3": S3Source(
-                settings.s3_endpoint_url,
-                settings.s3_roots,
-                settings.stall_seconds,
-                settings.num_threads,
+                settings.adapter_s3_endpoint_url,
+                settings.adapter_s3_roots or (),
+                settings.adapter_stall_seconds,
+                settings.adapter_fetch_threads,
             ),
         }
         # Threads apart, so that a source that hangs does not use up those of the others.
         self._threads = {
-            name: ThreadPoolExecutor(settings.num_threads, f"adapter-{name}")
+            name: ThreadPoolExecutor(settings.adapter_fetch_threads, f"adapter-{name}")
             for name in self._sources
         }
         self._lock = threading.Lock()
@@ -160,23 +134,28 @@ class AdapterFetcher:
         self._is_closing = threading.Event()
 
     def fetch(
-        self, reference: AdapterReference, token: str | None = None, refresh: bool = False
+        self,
+        reference: AdapterReference,
+        token: str | None = None,
+        refresh: bool = False,
+        identity: Identity | None = None,
     ) -> Future[FetchedAdapter]:
         """Begin to bring an adapter here; AdapterError, in the future, if that can't be.
 
         Every call asks the source which version is current, except while such a question is under
         way already, or has just failed; refresh asks even then. token: the request's own, for the
-        hub. Each result is to be closed when its files have been read.
+        hub. identity: the version that was had before, which alone will do; where it is in the
+        cache, nobody is asked. Each result is to be closed when its files have been read.
         """
         future: Future[FetchedAdapter] = Future()
-        key = reference, token if reference.source == "hub" else None
+        key = reference, token if reference.source == "hub" else None, identity
         with self._lock:
             self._forget_old_failures()
             error = self._failures.get(key, (0.0, None))[1]
             if self._is_closing.is_set():
                 future.set_exception(AdapterError("the engine is shutting down", status=503))
             elif error is not None and not refresh:
-                future.set_exception(AdapterError(str(error), error.status))
+                future.set_exception(type(error)(str(error), error.status))
             else:
                 fetch = self._fetches.get(key)
                 if fetch is None or refresh:
@@ -208,7 +187,7 @@ class AdapterFetcher:
         try:
             outcome = self._fetch(*fetch.key)
         except AdapterError as error:
-            outcome = AdapterError(f"adapter {str(reference)!r}: {error}", error.status)
+            outcome = type(error)(f"adapter {str(reference)!r}: {error}", error.status)
         except Exception as error:
             logger.exception("fetching adapter %s failed", reference)
             outcome = AdapterError(
@@ -235,21 +214,23 @@ class AdapterFetcher:
             del self._fetches[fetch.key]
             self._failures.pop(fetch.key, None)
             if isinstance(outcome, AdapterError):
-                retry_at = time.monotonic() + self._settings.retry_seconds
+                retry_at = time.monotonic() + self._settings.adapter_retry_seconds
                 self._failures[fetch.key] = retry_at, outcome
 
-    def _fetch(self, reference: AdapterReference, token: str | None) -> FetchedAdapter:
+    def _fetch(
+        self, reference: AdapterReference, token: str | None, identity: Identity | None
+    ) -> FetchedAdapter:
         """Attempt it until it is done, or hopeless."""
         settings = self._settings
-        deadline = time.monotonic() + settings.timeout_seconds
-        patience = Patience(deadline, settings.stall_seconds, self._is_closing.is_set)
-        num_attempts, delay = 1, settings.backoff_seconds
+        deadline = time.monotonic() + settings.adapter_fetch_seconds
+        patience = Patience(deadline, settings.adapter_stall_seconds, self._is_closing.is_set)
+        num_attempts, delay = 1, settings.adapter_backoff_seconds
         while True:
             try:
-                return self._attempt(reference, token, patience)
+                return self._attempt(reference, token, identity, patience)
             except SourceUnavailable as error:
                 patience.check_open()
-                is_last = num_attempts >= settings.max_attempts
+                is_last = num_attempts >= settings.adapter_fetch_attempts
                 wait = delay * random.uniform(0.5, 1.5)
                 if is_last or time.monotonic() + wait > deadline:
                     raise AdapterError(f"{error} ({num_attempts} attempts)", error.status) from None
@@ -259,25 +240,42 @@ class AdapterFetcher:
             self._count("retries", 1)
 
     def _attempt(
-        self, reference: AdapterReference, token: str | None, patience: Patience
+        self,
+        reference: AdapterReference,
+        token: str | None,
+        identity: Identity | None,
+        patience: Patience,
     ) -> FetchedAdapter:
-        listing = self._sources[reference.source].find(reference, token, patience)
+        wanted = reference
+        if identity is not None:
+            lease = self._cache.lease(identity)
+            if lease is not None:
+                return FetchedAdapter(
+                    reference, lease.directory, identity, lease.num_bytes, lease, token
+                )
+            if reference.source == "hub":
+                wanted = replace(reference, revision=identity[-1])
+        listing = self._sources[reference.source].find(wanted, token, patience)
+        if identity not in (None, listing.identity):
+            raise AdapterChanged("its files have changed since it was asked for")
         if listing.files is None:
             lease = self._cache.lease(listing.identity)
             if lease is None:
                 raise AdapterError("its cached copy has just been removed", status=404)
         else:
-            files = choose_files(listing.files, self._settings.allow_pickled)
+            files = choose_files(listing.files, self._settings.allow_pickled_adapters)
             is_pickled = any(file.name == PICKLED_FILE for file in files)
             if listing.directory is not None and not is_pickled:
                 num_bytes = sum(file.num_bytes for file in files)
                 return FetchedAdapter(
-                    reference, listing.directory, listing.identity, num_bytes, lease=None
+                    reference, listing.directory, listing.identity, num_bytes, None, token
                 )
             lease = self._lease(listing, files, patience)
             if listing.alias is not None:
                 self._cache.remember(listing.alias, listing.identity)
-        return FetchedAdapter(reference, lease.directory, listing.identity, lease.num_bytes, lease)
+        return FetchedAdapter(
+            reference, lease.directory, listing.identity, lease.num_bytes, lease, token
+        )
 
     def _lease(self, listing: Listing, files: Sequence[SourceFile], patience: Patience) -> Lease:
         """The files from the cache; first into it, if need be."""
@@ -317,10 +315,5 @@ class AdapterFetcher:
 def _share(outcome: FetchedAdapter | AdapterError) -> FetchedAdapter:
     """The same adapter, to be closed on its own. Raises the same error, for one waiter alone."""
     if isinstance(outcome, AdapterError):
-        raise AdapterError(str(outcome), outcome.status)
-    try:
-        return replace(outcome, lease=outcome.lease.share() if outcome.lease else None)
-    except OSError as error:  # A lease is an open file, of which a process has only so many.
-        raise AdapterError(
-            f"adapter {str(outcome.reference)!r} cannot be opened: {error.strerror}", 503
-        ) from None
+        raise type(outcome)(str(outcome), outcome.status)
+    return outcome.share()

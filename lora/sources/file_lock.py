@@ -35,6 +35,10 @@ class FileLock:
         except FileNotFoundError:
             return False
 
+    @property
+    def is_open(self) -> bool:
+        return self._descriptor >= 0
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)

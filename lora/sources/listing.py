@@ -125,7 +125,8 @@ def choose_files(files: Sequence[SourceFile], allow_pickled: bool) -> list[Sourc
     elif not allow_pickled:
         raise AdapterError(
             f"there is no {WEIGHTS_FILE}, and {PICKLED_FILE} is pickled, which this server does "
-            "not read: convert it to safetensors, or start the engine with allow_pickled"
+            "not read: convert it to safetensors, or start the engine with "
+            "allow_pickled_adapters"
         )
     else:
         weights = PICKLED_FILE

@@ -21,8 +21,8 @@ MISSHAPEN = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
 BROKEN = {
     "truncated": "adapter_model.safetensors cannot be read: it is truncated",
     "misshapen": MISSHAPEN,
-    "without-config": "adapter_config.json is missing",
-    "vanished": "does not exist",
+    "without-config": "there is no adapter_config.json",
+    "vanished": "there is no such directory",
 }
 
 

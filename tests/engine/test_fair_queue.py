@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from fake_device import make_request
+from fake_device import FakeFiles, make_request
 
 from loraplex.engine.adapter_manager import Adapter
 from loraplex.engine.fair_queue import FairQueue
 from loraplex.engine.request import LoRARequest, Request, Service
 
-ADAPTERS = {name: Adapter(LoRARequest(name, name), name, name.encode(), 0) for name in "abc"}
+ADAPTERS = {name: Adapter(LoRARequest(name, name), FakeFiles(name, 0), 0) for name in "abc"}
 
 
 def make(request_id: str, adapter: str, **service) -> Request:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_device import make_request
+from fake_device import FakeFiles, make_request
 
 from loraplex.engine.adapter_manager import Adapter
 from loraplex.engine.eviction import CostAware
@@ -88,7 +88,7 @@ def test_two_computed_the_same_block_and_one_of_them_stays_private(pool, kv):
 
 
 def test_kv_of_one_adapter_is_never_found_by_another(pool, kv):
-    a, b = (Adapter(LoRARequest(n, n), n, n.encode(), i) for i, n in enumerate("ab"))
+    a, b = (Adapter(LoRARequest(n, n), FakeFiles(n, 0), i) for i, n in enumerate("ab"))
     kv.release(start(kv, range(9), a))
     assert kv.find_prefix(Request(make_request("r", range(9), 8), b)) == []
     assert kv.find_prefix(Request(make_request("r", range(9), 8), None)) == []

@@ -371,7 +371,7 @@ def test_a_wrong_setting_ends_the_start(flags, words):
     )
     assert done.returncode != 0
     assert words in done.stderr.splitlines()[-1]
-    assert done.stderr.splitlines()[-1].startswith("ValueError: ")
+    assert done.stderr.splitlines()[-1].partition(": ")[0].endswith("Error")
 
 
 def test_a_taken_port_is_told_before_the_model_loads():

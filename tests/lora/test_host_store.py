@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
@@ -12,10 +13,10 @@ import torch
 
 from loraplex.benchmarks.synthetic_adapters import llama_spec, write_adapter
 from loraplex.lora import host_store
-from loraplex.lora.host_store import HostAdapterStore
+from loraplex.lora.host_store import HostAdapterStore, OpenFiles
 from loraplex.lora.image import AdapterImage
 from loraplex.lora.loader import load_adapter
-from loraplex.lora.spec import AdapterError
+from loraplex.lora.spec import AdapterChanged, AdapterError
 
 SPEC = llama_spec()
 PAGE_BYTES = 4 * 1024
@@ -32,6 +33,28 @@ def make_store(capacity_bytes: int = 1 << 30, **options) -> Iterator[HostAdapter
         store.close()
 
 
+class Files:
+    """A directory, and whether it was closed."""
+
+    def __init__(self, path: str) -> None:
+        self.recipe = path
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def files_of(path: str) -> OpenFiles:
+    """Files that are there already."""
+
+    def open_files() -> Future[Files]:
+        future: Future[Files] = Future()
+        future.set_result(Files(path))
+        return future
+
+    return open_files
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -40,7 +63,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def get_when_ready(store: HostAdapterStore, key: str, path: str) -> AdapterImage:
-    wait_until(lambda: store.get(key, path) is not None)
+    wait_until(lambda: store.get(key, files_of(path)) is not None)
     return store.image(key)
 
 
@@ -83,8 +106,8 @@ def image_bytes(paths: list[str]) -> int:
 def test_nobody_waits_and_the_image_is_the_adapters(paths, gate):
     with make_store() as store:
         start = time.monotonic()
-        assert store.get("a", paths[0]) is None
-        assert store.get("a", paths[0]) is None
+        assert store.get("a", files_of(paths[0])) is None
+        assert store.get("a", files_of(paths[0])) is None
         assert time.monotonic() - start < 5, "get did not wait for the gate"
         gate.opened.set()
         image = get_when_ready(store, "a", paths[0])
@@ -105,7 +128,7 @@ def test_500_concurrent_requests_are_one_read(paths, gate):
         def ask() -> None:
             barrier.wait()
             for _ in range(10):
-                store.get("a", paths[0])
+                store.get("a", files_of(paths[0]))
             images.append(get_when_ready(store, "a", paths[0]))
 
         threads = [threading.Thread(target=ask) for _ in range(50)]
@@ -123,7 +146,7 @@ def test_500_concurrent_requests_are_one_read(paths, gate):
 def test_reads_run_at_once_up_to_the_threads(paths, gate):
     with make_store(num_threads=3) as store:
         for path in paths:
-            assert store.get(path, path) is None
+            assert store.get(path, files_of(path)) is None
         wait_until(lambda: len(gate.paths) == 3)
         store.check_integrity()
         assert store.stats()["reading"] == 6
@@ -135,40 +158,107 @@ def test_reads_run_at_once_up_to_the_threads(paths, gate):
 def test_changes_wake_the_engine(paths):
     wakes = threading.Semaphore(0)
     with make_store(on_change=wakes.release) as store:
-        store.get("a", paths[0])
-        assert wakes.acquire(timeout=20)
-        image = store.get("a", paths[0])
-        assert image is not None
+        while (image := store.get("a", files_of(paths[0]))) is None:
+            assert wakes.acquire(timeout=20)
         memory = torch.zeros(image.num_pages, PAGE_BYTES, dtype=torch.uint8)
         store.copy_to_pages("a", memory, range(image.num_pages))
         assert wakes.acquire(timeout=20)
-        store.get("bad", "/nowhere")
+        store.get("bad", files_of("/nowhere"))
         assert wakes.acquire(timeout=20)
 
 
+class Clock:
+    """Stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_failures_are_reported_then_forgotten_then_retried(paths, tmp_path):
-    path = tmp_path / "later"
-    with make_store(retry_seconds=0.3) as store:
-        assert store.get("a", str(path)) is None
+    path, clock = tmp_path / "later", Clock()
+    with make_store(retry_seconds=3.0, clock=clock) as store:
+        assert store.get("a", files_of(str(path))) is None
         wait_until(lambda: store.stats()["failures"] == 1)
+        clock.now += 2.9
         for _ in range(3):
             with pytest.raises(AdapterError, match="does not exist") as caught:
-                store.get("a", str(path))
+                store.get("a", files_of(str(path)))
             assert caught.value.status == 404
         write_adapter(path, SPEC)
-        time.sleep(0.35)
+        clock.now += 0.2
         get_when_ready(store, "a", str(path))
         assert store.stats()["failures"] == 1
 
 
+def test_a_failure_is_reported_once_however_late_one_asks(paths, tmp_path):
+    clock = Clock()
+    with make_store(retry_seconds=0.0, await_seconds=5.0, clock=clock) as store:
+        assert store.get("a", files_of(str(tmp_path))) is None
+        wait_until(lambda: store.stats()["failures"] == 1)
+        clock.now += 4.9
+        with pytest.raises(AdapterError):
+            store.get("a", files_of(str(tmp_path)))
+        assert store.get("a", files_of(paths[0])) is None, "which reads again"
+
+
+def test_files_that_cannot_be_opened_are_a_failure(paths):
+    opened: Future[Files] = Future()
+    with make_store(clock=Clock()) as store:
+        assert store.get("a", lambda: opened) is None
+        assert store.get("a", lambda: pytest.fail("opened twice")) is None
+        opened.set_exception(AdapterChanged("gone"))
+        with pytest.raises(AdapterChanged, match="gone"):
+            store.get("a", files_of(paths[0]))
+        get_when_ready(store, "b", paths[1])
+
+
+def test_files_are_closed_when_they_are_read_or_not_wanted(paths, gate):
+    read, queued, late = (Files(paths[i]) for i in range(3))
+    late_opened: Future[Files] = Future()
+    with make_store(num_threads=1) as store:
+        for files in (read, queued):
+            opened: Future[Files] = Future()
+            opened.set_result(files)
+            store.get(files, lambda opened=opened: opened)
+        store.get(late, lambda: late_opened)
+        wait_until(lambda: gate.paths == paths[:1])
+        for files in (read, queued, late):
+            store.drop(files)
+            assert not read.is_closed
+        assert queued.is_closed
+        late_opened.set_result(late)
+        assert late.is_closed
+        gate.opened.set()
+        wait_until(lambda: read.is_closed and store.stats()["reading"] == 0)
+        assert store.stats()["images"] == 0, "what was dropped while it was read is not kept"
+        get_when_ready(store, read, paths[0])
+        store.drop(read)
+        assert store.stats()["bytes"] == 0
+
+
+def test_what_is_asked_for_again_while_it_is_read_is_kept(paths, gate):
+    with make_store() as store:
+        store.get("a", files_of(paths[0]))
+        wait_until(lambda: gate.paths == paths[:1])
+        store.drop("a")
+        assert store.get("a", files_of(paths[0])) is None
+        gate.opened.set()
+        get_when_ready(store, "a", paths[0])
+        assert gate.paths == paths[:1]
+
+
 def test_a_failure_does_not_touch_other_adapters(paths, tmp_path):
     bad = write_adapter(tmp_path, SPEC, use_dora=True)
-    with make_store() as store:
-        assert store.get("bad", str(bad)) is None
+    with make_store(clock=Clock()) as store:
+        assert store.get("bad", files_of(str(bad))) is None
         for path in paths:
             get_when_ready(store, path, path)
+        wait_until(lambda: store.stats()["failures"] == 1)
         with pytest.raises(AdapterError, match="use_dora"):
-            store.get("bad", str(bad))
+            store.get("bad", files_of(str(bad)))
 
 
 def test_an_unexpected_error_is_a_failure_too(paths, monkeypatch, caplog):
@@ -177,10 +267,10 @@ def test_an_unexpected_error_is_a_failure_too(paths, monkeypatch, caplog):
 
     monkeypatch.setattr(host_store, "load_adapter", explode)
     with make_store() as store:
-        store.get("a", paths[0])
+        store.get("a", files_of(paths[0]))
         wait_until(lambda: store.stats()["failures"] == 1)
         with pytest.raises(AdapterError, match="no more") as caught:
-            store.get("a", paths[0])
+            store.get("a", files_of(paths[0]))
         assert caught.value.status == 500
     assert "no more" in caplog.text
 
@@ -197,7 +287,7 @@ def test_the_least_recently_used_image_is_dropped_first(paths, image_bytes):
             get_when_ready(store, path, path)
             copy(store, path)
         assert store.stats()["drops"] == 0
-        store.get(paths[0], paths[0])
+        store.get(paths[0], files_of(paths[0]))
         get_when_ready(store, paths[3], paths[3])
         assert store.stats()["bytes"] == 3 * image_bytes
         assert store.stats()["drops"] == 1
@@ -217,7 +307,7 @@ def test_everyone_gets_their_image_in_turn_under_any_budget(paths, image_bytes, 
             while left:
                 assert time.monotonic() < end
                 for path in sorted(left):
-                    image = store.get(path, path)
+                    image = store.get(path, files_of(path))
                     assert store.stats()["bytes"] <= max(capacity, 1) * image_bytes
                     if image is not None:
                         copy(store, path)
@@ -227,11 +317,11 @@ def test_everyone_gets_their_image_in_turn_under_any_budget(paths, image_bytes, 
 
 
 def test_an_image_that_is_awaited_or_copied_is_not_dropped(paths, image_bytes, monkeypatch):
-    with make_store(capacity_bytes=0, num_threads=1, retry_seconds=0.4) as store:
+    with make_store(capacity_bytes=0, num_threads=1, await_seconds=0.4) as store:
         get_when_ready(store, "a", paths[0])
-        assert store.get("b", paths[1]) is None
+        assert store.get("b", files_of(paths[1])) is None
         time.sleep(0.1)
-        assert store.get("b", paths[1]) is None, "a is awaited, so b is not even begun"
+        assert store.get("b", files_of(paths[1])) is None, "a is awaited, so b is not even begun"
         assert store.stats()["loads"] == 1
         going, release = threading.Event(), threading.Event()
         original = host_store._copy_pages
@@ -247,8 +337,8 @@ def test_an_image_that_is_awaited_or_copied_is_not_dropped(paths, image_bytes, m
         future = store.copy_to_pages("a", memory, range(image.num_pages))
         assert going.wait(20)
         time.sleep(0.5)
-        assert store.get("b", paths[1]) is None
-        assert store.image("a") is image, "retry_seconds are over, but it is being copied"
+        assert store.get("b", files_of(paths[1])) is None
+        assert store.image("a") is image, "await_seconds are over, but it is being copied"
         release.set()
         future.result(20)
         get_when_ready(store, "b", paths[1])
@@ -256,7 +346,7 @@ def test_an_image_that_is_awaited_or_copied_is_not_dropped(paths, image_bytes, m
 
 
 def test_an_image_that_nobody_fetches_makes_room_in_the_end(paths):
-    with make_store(capacity_bytes=0, num_threads=1, retry_seconds=0.2) as store:
+    with make_store(capacity_bytes=0, num_threads=1, await_seconds=0.2) as store:
         get_when_ready(store, "abandoned", paths[0])
         get_when_ready(store, "b", paths[1])
         assert store.stats()["drops"] == 1
@@ -288,11 +378,11 @@ def test_close_ends_the_threads_and_what_waits(paths, gate):
     before = set(threading.enumerate())
     store = HostAdapterStore(SPEC, PAGE_BYTES, DTYPE, 1 << 30, num_threads=1)
     for path in paths:
-        store.get(path, path)
+        store.get(path, files_of(path))
     wait_until(lambda: len(gate.paths) == 1)
     gate.opened.set()
     store.close()
     store.check_integrity()
     assert set(threading.enumerate()) <= before
     assert len(gate.paths) <= 2
-    assert store.get("new", paths[0]) is None, "harmless, and nothing starts"
+    assert store.get("new", files_of(paths[0])) is None, "harmless, and nothing starts"

@@ -8,13 +8,15 @@ that of a later step, is waited for."""
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from loraplex.engine.adapter_manager import Identity
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
 from loraplex.engine.request import (
@@ -28,7 +30,7 @@ from loraplex.engine.request import (
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.sampling_state import TokensOfRows, generator_state, uniform
 from loraplex.engine.step import PromptLogprobsSpan, StepBatch, StepResult
-from loraplex.lora.spec import AdapterTraits
+from loraplex.lora.spec import AdapterChanged, AdapterTraits
 
 VOCAB_SIZE = 1000
 EOS_TOKEN_ID = VOCAB_SIZE - 1
@@ -73,36 +75,93 @@ def expected_tokens(request: EngineRequest) -> list[int]:
     return output
 
 
+@dataclass
+class FakeFiles:
+    """A version of a path: how often `FakeStore.change` was called for it."""
+
+    path: str
+    version: int
+    is_closed: bool = False
+
+    @property
+    def key(self) -> bytes:
+        return f"{self.path}@{self.version}".encode()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
 class FakeStore:
-    """An adapter of path "pages=N" has N pages; "fail" fails. Loads take `num_polls` polls.
+    """An adapter of path "name:pages=N" has N pages; "fail" fails. Loads take `num_polls` polls.
     Copies that steps wait for are made at once, others in `finish_copies`; those that wait for
-    steps, after them."""
+    steps, after them. Fetches end at once, or in `finish_fetches` where `holds_fetches`. A version
+    above 0 computes what an adapter of the name "name@version" would."""
 
     def __init__(self, num_polls: int = 2) -> None:
         self.finish_steps: Callable[[], None] = lambda: None
         self.page_contents: dict[int, tuple[str, int]] = {}
-        self.paths: dict[bytes, str] = {}
+        self.holds_fetches = False
+        self.fetches: list[tuple[LoRARequest, Future[FakeFiles]]] = []
+        self.versions: Counter[str] = Counter()
+        self.files: list[FakeFiles] = []
+        self.images: set[bytes] = set()
         self.polls: dict[bytes, int] = {}
         self.copies: list[tuple[Future[None], Callable[[], None]]] = []
         self.num_polls = num_polls
 
-    def num_pages(self, version: bytes, path: str) -> int | None:
-        self.paths[version] = path
+    def identify(self, lora_request: LoRARequest) -> Identity:
+        path = lora_request.lora_path
+        if path.startswith("!"):
+            raise ValueError(f"lora_path={path!r} is not allowed")
+        return Identity(((path, lora_request.token),), None)
+
+    def fetch(self, lora_request: LoRARequest) -> Future[FakeFiles]:
+        future: Future[FakeFiles] = Future()
+        self.fetches.append((lora_request, future))
+        if not self.holds_fetches:
+            self.finish_fetches()
+        return future
+
+    def finish_fetches(self, error: ValueError | None = None) -> None:
+        fetches, self.fetches = self.fetches, []
+        for lora_request, future in fetches:
+            if error is not None:
+                future.set_exception(error)
+                continue
+            path = lora_request.lora_path
+            self.files.append(FakeFiles(path, self.versions[path]))
+            future.set_result(self.files[-1])
+
+    def change(self, path: str) -> None:
+        """The path has another version from now on."""
+        self.versions[path] += 1
+
+    def num_pages(self, files: FakeFiles) -> int | None:
+        files.close()
+        version, path = files.key, files.path
         self.polls[version] = self.polls.get(version, 0) + 1
         if self.polls[version] <= self.num_polls:
             return None
         if "fail" in path:
             raise ValueError(f"adapter {path} can't be served")
+        if version not in self.images and files.version != self.versions[path]:
+            raise AdapterChanged(f"adapter {path} has changed")
+        self.images.add(version)
         return int(path.split("=")[1])
 
+    def drop(self, version: bytes) -> None:
+        self.images.discard(version)
+        self.polls.pop(version, None)
+
     def traits(self, version: bytes) -> AdapterTraits:
-        return traits_of(self.paths[version])
+        return traits_of(version.decode())
 
     def copy_to_pages(
         self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool
     ) -> Future[None]:
         future: Future[None] = Future()
-        name = self.paths[version].split(":")[0]
+        path, _, number = version.decode().rpartition("@")
+        name = path.split(":")[0] + (f"@{number}" if number != "0" else "")
 
         def copy() -> None:
             if after_steps:
@@ -113,9 +172,6 @@ class FakeStore:
             copy()
         self.copies.append((future, (lambda: None) if before_steps else copy))
         return future
-
-    def fingerprint(self, path: str) -> str:
-        return path
 
     def finish_copies(self) -> None:
         for future, copy in self.copies:
@@ -313,11 +369,13 @@ def run_to_end(core: EngineCore, max_steps: int = 10_000) -> dict[str, list[Engi
             assert not core._device.runner.in_flight
             stats = core.stats()
             assert stats["pages_kv"] == stats["num_running"] == stats["num_waiting"] == 0
+            assert all(files.is_closed for files in core._device.adapter_store.files)
             return outputs
         for output in core.step():
             outputs.setdefault(output.request_id, []).append(output)
         core.check_integrity()
         core._device.adapter_store.finish_copies()
+        core._device.adapter_store.finish_fetches()
     raise AssertionError("the engine does not come to an end")
 
 

@@ -32,13 +32,12 @@ def make_fetcher(tmp_path: Path, server: FaultyServer) -> Iterator[Callable[...,
 
         def make(**options) -> AdapterFetcher:
             settings = {
-                "cache_directory": tmp_path / "cache",
-                "hub_endpoint": server.url,
-                "backoff_seconds": 0.01,
-                "stall_seconds": 5.0,
-                "timeout_seconds": 20.0,
+                "adapter_hub_endpoint": server.url,
+                "adapter_backoff_seconds": 0.01,
+                "adapter_stall_seconds": 5.0,
+                "adapter_fetch_seconds": 20.0,
             }
-            fetcher = AdapterFetcher(SourceSettings(**(settings | options)))
+            fetcher = AdapterFetcher(SourceSettings(**(settings | options)), tmp_path / "cache")
             stack.callback(fetcher.close)
             return fetcher
 

@@ -66,7 +66,7 @@ def test_slow_downloads_delay_nobody(hub: FakeHub, server: FaultyServer, make_fe
 def test_a_source_that_hangs_leaves_the_others_their_threads(
     hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher, tmp_path: Path
 ):
-    fetcher = make_fetcher(num_threads=1)
+    fetcher = make_fetcher(adapter_fetch_threads=1)
     hub.add("acme/a")
     fault = server.add_fault("/api/", hold_at=0)
     slow = fetcher.fetch(hub_reference("a"))
@@ -102,7 +102,7 @@ def test_one_download_however_many_ask(
 def test_everybody_has_a_lease(hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher):
     for name in "ab":
         add_large(hub, name)
-    fetcher = make_fetcher(cache_bytes=400_000)
+    fetcher = make_fetcher(adapter_cache_bytes=400_000)
     fault = server.add_fault("/cdn/", hold_at=1)
     first, second = (fetcher.fetch(hub_reference("a")) for _ in range(2))
     assert fault.seen.wait(20)
@@ -139,7 +139,7 @@ def test_a_restart_goes_on_where_it_was(
 ):
     add_large(hub, "a")
     server.add_fault("/cdn/", cut_at=100_000)
-    error = refusal(make_fetcher(max_attempts=1), "a")
+    error = refusal(make_fetcher(adapter_fetch_attempts=1), "a")
     assert error.status == 502
     assert weights(get(make_fetcher(), "a")) == LARGE
     assert server.seen("/cdn/")[-1].range == "bytes=100000-"
@@ -175,7 +175,7 @@ def test_what_may_pass_is_tried_again(
 def test_attempts_are_counted(hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher):
     hub.add("acme/a")
     server.add_fault("/api/", status=503, times=100)
-    error = refusal(make_fetcher(max_attempts=3), "a")
+    error = refusal(make_fetcher(adapter_fetch_attempts=3), "a")
     assert "HTTP status 503 (3 attempts)" in str(error) and error.status == 502
     assert server.count("/api/") == 3
 
@@ -191,7 +191,7 @@ def test_the_wait_doubles(
     hub.add("acme/a")
     server.add_fault("/api/", status=503, times=3)
     start = time.monotonic()
-    get(make_fetcher(backoff_seconds=0.05), "a")
+    get(make_fetcher(adapter_backoff_seconds=0.05), "a")
     assert time.monotonic() - start >= 0.05 + 0.1 + 0.2
     assert asked == [(0.5, 1.5)] * 3
 
@@ -207,7 +207,9 @@ def test_what_will_not_pass_is_not_tried_again(
 
 
 def test_a_server_that_is_not_there(make_fetcher: MakeFetcher):
-    error = refusal(make_fetcher(hub_endpoint="http://127.0.0.1:1", max_attempts=2), "a")
+    error = refusal(
+        make_fetcher(adapter_hub_endpoint="http://127.0.0.1:1", adapter_fetch_attempts=2), "a"
+    )
     assert "could not be reached (ConnectError) (2 attempts)" in str(error)
     assert error.status == 502
 
@@ -217,7 +219,7 @@ def test_a_server_that_does_not_answer(
     hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher, path: str
 ):
     add_large(hub, "a")
-    fetcher = make_fetcher(stall_seconds=0.2, max_attempts=2)
+    fetcher = make_fetcher(adapter_stall_seconds=0.2, adapter_fetch_attempts=2)
     server.add_fault(path, hold_at=0, times=2)
     error = refusal(fetcher, "a")
     assert "ReadTimeout) (2 attempts)" in str(error) and error.status == 504
@@ -226,7 +228,7 @@ def test_a_server_that_does_not_answer(
 def test_a_stall_is_overcome(hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher):
     add_large(hub, "a")
     server.add_fault("/cdn/", hold_at=100_000)
-    assert weights(get(make_fetcher(stall_seconds=0.2), "a")) == LARGE
+    assert weights(get(make_fetcher(adapter_stall_seconds=0.2), "a")) == LARGE
     assert server.seen("/cdn/")[-1].range == "bytes=100000-"
 
 
@@ -236,7 +238,7 @@ def test_a_fetch_takes_no_longer_than_it_may(
     add_large(hub, "a")
     server.add_fault("/cdn/", hold_at=100_000, times=9)
     start = time.monotonic()
-    error = refusal(make_fetcher(timeout_seconds=0.5, max_attempts=1000), "a")
+    error = refusal(make_fetcher(adapter_fetch_seconds=0.5, adapter_fetch_attempts=1000), "a")
     assert error.status == 504
     assert time.monotonic() - start < 5
 
@@ -245,7 +247,7 @@ def test_a_trickle_is_not_waited_for(hub: FakeHub, server: FaultyServer, make_fe
     add_large(hub, "a")
     server.add_fault("/cdn/", pace=0.05)
     start = time.monotonic()
-    error = refusal(make_fetcher(timeout_seconds=0.5), "a")
+    error = refusal(make_fetcher(adapter_fetch_seconds=0.5), "a")
     assert "it took too long" in str(error) and error.status == 504
     assert time.monotonic() - start < 5
     # What has come is there next time.
@@ -256,7 +258,7 @@ def test_a_trickle_is_not_waited_for(hub: FakeHub, server: FaultyServer, make_fe
 def test_failures_are_remembered_for_a_while(
     hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher
 ):
-    fetcher = make_fetcher(retry_seconds=0.5)
+    fetcher = make_fetcher(adapter_retry_seconds=0.5)
     first, second = refusal(fetcher, "a"), refusal(fetcher, "a")
     assert str(first) == str(second) and first.status == second.status == 404
     assert first is not second
@@ -269,7 +271,7 @@ def test_failures_are_remembered_for_a_while(
 
 
 def test_a_refresh_asks_at_once(hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher):
-    fetcher = make_fetcher(retry_seconds=60)
+    fetcher = make_fetcher(adapter_retry_seconds=60)
     refusal(fetcher, "a")
     hub.add("acme/a")
     fetcher.fetch(hub_reference("a"), refresh=True).result(20)
@@ -294,7 +296,7 @@ def test_a_refresh_does_not_take_an_older_answer(
 def test_a_failure_that_a_refresh_has_overtaken_is_not_remembered(
     hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher
 ):
-    fetcher = make_fetcher(retry_seconds=60)
+    fetcher = make_fetcher(adapter_retry_seconds=60)
     fault = server.add_fault("/api/", hold_at=0, replace=lambda _: b"null")
     before = fetcher.fetch(hub_reference("a"))
     assert fault.seen.wait(20)
@@ -308,7 +310,7 @@ def test_a_failure_that_a_refresh_has_overtaken_is_not_remembered(
 
 def test_failures_are_of_those_who_asked(hub: FakeHub, make_fetcher: MakeFetcher):
     hub.add("acme/a", readers=frozenset({"hf_alice"}))
-    fetcher = make_fetcher(retry_seconds=60)
+    fetcher = make_fetcher(adapter_retry_seconds=60)
     assert refusal(fetcher, "a", "hf_bob").status == 404
     get(fetcher, "a", "hf_alice")
     assert refusal(fetcher, "a", "hf_bob").status == 404
@@ -338,7 +340,7 @@ def test_what_becomes_too_large_is_not_finished(
 
 
 def test_the_cache_keeps_its_budget(hub: FakeHub, make_fetcher: MakeFetcher):
-    fetcher = make_fetcher(cache_bytes=700_000)
+    fetcher = make_fetcher(adapter_cache_bytes=700_000)
     for name in "abcd":
         add_large(hub, name)
         get(fetcher, name).close()
@@ -385,11 +387,12 @@ def test_a_waiter_may_leave(hub: FakeHub, server: FaultyServer, make_fetcher: Ma
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_attempts", 0), ("cache_bytes", -1), ("stall_seconds", 0.0)]
+    ("name", "value"),
+    [("adapter_fetch_attempts", 0), ("adapter_cache_bytes", -1), ("adapter_stall_seconds", 0.0)],
 )
-def test_settings_that_make_no_sense(tmp_path: Path, name: str, value: float):
+def test_settings_that_make_no_sense(name: str, value: float):
     with pytest.raises(ValueError, match=f"{name}={value} is not allowed: it must be"):
-        SourceSettings(cache_directory=tmp_path, **{name: value})
+        SourceSettings(**{name: value})
 
 
 def test_no_torch_and_no_boto3_before_they_are_needed():
@@ -404,7 +407,9 @@ def test_closing_ends_what_is_under_way(
     hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher
 ):
     add_large(hub, "a")
-    fetcher = make_fetcher(num_threads=1, stall_seconds=0.2, max_attempts=1)
+    fetcher = make_fetcher(
+        adapter_fetch_threads=1, adapter_stall_seconds=0.2, adapter_fetch_attempts=1
+    )
     fault = server.add_fault("/cdn/", hold_at=1000)
     running, queued = fetcher.fetch(hub_reference("a")), fetcher.fetch(hub_reference("b"))
     assert fault.seen.wait(20)

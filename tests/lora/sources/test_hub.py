@@ -147,7 +147,7 @@ def test_the_servers_token_is_for_requests_without_one(
     monkeypatch.setenv("HF_TOKEN", "hf_login")
     hub.add("acme/a", readers=frozenset({"hf_server", "hf_login"}))
     assert refusal(make_fetcher(), "acme/a").status == 404
-    fetcher = make_fetcher(hub_token="hf_server")
+    fetcher = make_fetcher(adapter_hub_token="hf_server")
     fetch(fetcher, "acme/a")
     assert refusal(fetcher, "acme/a", "hf_bob").status == 404
     assert "hf_server" not in repr(fetcher._settings)
@@ -178,7 +178,7 @@ def test_damage_is_noticed_and_repaired(
         assert (fetched.directory / "adapter_model.safetensors").read_bytes() == b"weights"
     server.add_fault("/cdn/", times=9, replace=lambda body: b"W" + body[1:])
     hub.repos["acme/a"].commit({**MINIMAL_ADAPTER, "adapter_model.safetensors": b"another"})
-    error = refusal(make_fetcher(max_attempts=2), "acme/a")
+    error = refusal(make_fetcher(adapter_fetch_attempts=2), "acme/a")
     assert "was damaged on its way" in str(error) and error.status == 502
 
 

@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fetcher(make_fetcher: Callable[..., AdapterFetcher], root: Path) -> AdapterFetcher:
-    return make_fetcher(roots=(str(root),), retry_seconds=0.0)
+    return make_fetcher(adapter_roots=(str(root),), adapter_retry_seconds=0.0)
 
 
 def test_a_directory_is_read_where_it_is(fetcher: AdapterFetcher, root: Path):
@@ -135,7 +135,7 @@ def test_pickled_weights_are_refused_unless_allowed(
     error = refusal(make_fetcher(), directory)
     assert "adapter_model.bin is pickled" in str(error) and error.status == 400
 
-    fetcher = make_fetcher(allow_pickled=True, retry_seconds=0.0)
+    fetcher = make_fetcher(allow_pickled_adapters=True, adapter_retry_seconds=0.0)
     with fetch(fetcher, directory) as fetched:
         assert sorted(os.listdir(fetched.directory)) == [
             ".lock", ".manifest.json", "adapter_config.json", "adapter_model.safetensors",
@@ -163,6 +163,6 @@ def test_pickles_are_unpacked_with_care(
     directory = write_adapter(root / "a")
     (directory / "adapter_model.safetensors").unlink()
     torch.save(content, directory / "adapter_model.bin")
-    error = refusal(make_fetcher(allow_pickled=True), directory)
+    error = refusal(make_fetcher(allow_pickled_adapters=True), directory)
     assert "adapter_model.bin is not a" in str(error) and error.status == 400
     assert not (root / "hacked").exists()

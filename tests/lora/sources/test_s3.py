@@ -49,7 +49,7 @@ def bucket(store: FaultyServer) -> Iterator[Any]:
 
 @pytest.fixture
 def make_s3_fetcher(make_fetcher: MakeFetcher, store: FaultyServer) -> MakeFetcher:
-    return lambda **options: make_fetcher(s3_endpoint_url=store.url, **options)
+    return lambda **options: make_fetcher(adapter_s3_endpoint_url=store.url, **options)
 
 
 def put(bucket: Any, prefix: str, files: dict[str, bytes] = FILES) -> None:
@@ -109,7 +109,7 @@ def test_a_change_during_the_download_mixes_nothing(
 ):
     put(bucket, "team/a")
     fault = store.add_fault("adapter_model", cut_at=200_000)
-    fetcher = make_s3_fetcher(backoff_seconds=0.2)
+    fetcher = make_s3_fetcher(adapter_backoff_seconds=0.2)
     future = fetcher.fetch(parse_adapter_reference("s3://adapters/team/a"))
     assert fault.seen.wait(20)
     put(bucket, "team/a", {"adapter_model.safetensors": WEIGHTS[::-1]})
@@ -141,7 +141,7 @@ def test_what_may_pass_is_tried_again(
     assert fetcher.stats()["retries"] == 2
     store.add_fault("/adapters", status=500, times=100)
     num_requests = len(store.requests)
-    error = refusal(make_s3_fetcher(max_attempts=3))
+    error = refusal(make_s3_fetcher(adapter_fetch_attempts=3))
     assert "(500) (3 attempts)" in str(error) and error.status == 502
     assert len(store.requests) == num_requests + 3
 
@@ -151,12 +151,14 @@ def test_a_store_that_does_not_answer(
 ):
     put(bucket, "team/a")
     store.add_fault("adapter_model", hold_at=0, times=9)
-    error = refusal(make_s3_fetcher(stall_seconds=0.2, max_attempts=2))
+    error = refusal(make_s3_fetcher(adapter_stall_seconds=0.2, adapter_fetch_attempts=2))
     assert "(ReadTimeoutError) (2 attempts)" in str(error) and error.status == 504
 
 
 def test_a_store_that_is_not_there(make_fetcher: MakeFetcher):
-    error = refusal(make_fetcher(s3_endpoint_url="http://127.0.0.1:1", max_attempts=1))
+    error = refusal(
+        make_fetcher(adapter_s3_endpoint_url="http://127.0.0.1:1", adapter_fetch_attempts=1)
+    )
     assert "could not be reached (EndpointConnectionError)" in str(error)
     assert error.status == 502
 
@@ -184,7 +186,7 @@ def test_the_roots_confine(bucket: Any, store: FaultyServer, make_s3_fetcher: Ma
     put(bucket, "team/a")
     put(bucket, "team-2/a")
     num_requests = len(store.requests)
-    fetcher = make_s3_fetcher(s3_roots=("adapters/team", "s3://other/"))
+    fetcher = make_s3_fetcher(adapter_s3_roots=("adapters/team", "s3://other/"))
     for text in ("s3://adapters/team-2/a", "s3://adapters/a", "s3://others/team"):
         error = refusal(fetcher, text)
         assert "not below a prefix" in str(error) and error.status == 403
