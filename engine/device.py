@@ -149,7 +149,8 @@ class TorchDevice:
             pool_bytes = int(share * total_bytes) - used_bytes - activation_bytes
         memory = self._allocate(pool_bytes, device)
         runner.attach_pool(memory)
-        if backend.supports_graphs and not config.enforce_eager:
+        supports_graphs = backend.supports_graphs and model.supports_graphs
+        if supports_graphs and not config.enforce_eager:
             runner.capture_graphs()
         return memory, runner
 

@@ -10,7 +10,7 @@ import torch
 from loraplex.attention.backend import AttentionBackend, PlannedAttention
 from loraplex.attention.metadata import AttentionMetadata
 from loraplex.engine import sampler
-from loraplex.engine.models.registry import Model, kv_block_shape
+from loraplex.engine.models.registry import Model, kv_block_shape, model_layers
 from loraplex.engine.request import TokenLogprobs
 from loraplex.engine.step import FinishedStep, PromptLogprobsSpan, StepBatch, StepResult
 from loraplex.lora.layers import CpuLoRABatch, LinearWithLoRA, LoRABatch
@@ -147,13 +147,15 @@ def with_vectors(
 
 
 def wrap_linears(model: Model, spec: BaseModelSpec) -> list[LinearWithLoRA]:
-    """Let adapters attach to every linear."""
+    """Let adapters attach to the linears of the spec."""
     module_ids = {module.path: index for index, module in enumerate(spec.modules)}
     wrapped = []
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(model_layers(model)):
         for owner, name, linear in list(layer.linears()):
-            paths = linear.paths(f"{spec.layer_path}.{index}.")
-            modules = [module_ids[path] for path in paths.values()]
+            paths = linear.paths(f"{spec.layer_path}.{index}.").values()
+            if not module_ids.keys() >= set(paths):
+                continue
+            modules = [module_ids[path] for path in paths]
             widths = list(linear.out_features.values())
             wrapped.append(LinearWithLoRA(linear, index, modules, widths))
             setattr(owner, name, wrapped[-1])

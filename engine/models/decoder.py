@@ -45,6 +45,7 @@ class Decoder(Module):
     IGNORED_SUFFIXES: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
     # What tensors' names begin with in older checkpoints, and in newer ones.
     OTHER_PREFIXES: ClassVar[Mapping[str, str]] = {}
+    supports_graphs: ClassVar[bool] = True
     # The values that are honoured, for fields of the config where not all are.
     SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,10 +13,12 @@ from loraplex.engine.models.cohere import Cohere2ForCausalLM, CohereForCausalLM
 from loraplex.engine.models.config import read_model_config, resolve_dtype, resolve_kv_dtype
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.falcon import FalconForCausalLM
+from loraplex.engine.models.fallback import TransformersDecoder, load_fallback, outline_fallback
 from loraplex.engine.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM, GemmaForCausalLM
 from loraplex.engine.models.gpt2 import GPT2LMHeadModel
 from loraplex.engine.models.gpt_neox import GPTNeoXForCausalLM
 from loraplex.engine.models.granite import GraniteForCausalLM
+from loraplex.engine.models.layers import Linear
 from loraplex.engine.models.llama import (
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -32,8 +35,21 @@ from loraplex.engine.models.stablelm import StableLmForCausalLM
 from loraplex.engine.models.starcoder2 import Starcoder2ForCausalLM
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
 
-Model = Decoder
-ARCHITECTURES: dict[str, type[Model]] = {
+Model = Decoder | TransformersDecoder
+
+
+class HasLinears(Protocol):
+    """A layer of any Model."""
+
+    def linears(self) -> Iterator[tuple[object, str, Linear]]:
+        """Owner, attribute name and value of every linear."""
+
+
+def model_layers(model: Model) -> Sequence[HasLinears]:
+    return model.layers
+
+
+ARCHITECTURES: dict[str, type[Decoder]] = {
     architecture.__name__: architecture
     for architecture in (
         LlamaForCausalLM,
@@ -59,16 +75,12 @@ ARCHITECTURES: dict[str, type[Model]] = {
 }
 
 
-def model_class(hf_config: Any) -> type[Model]:
-    """Raises ValueError for an architecture that is not supported."""
-    names = hf_config.architectures or []
-    for name in names:
+def model_class(hf_config: Any) -> type[Decoder] | None:
+    """None for an architecture that transformers' implementation is to serve."""
+    for name in hf_config.architectures or []:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-    raise ValueError(
-        f"architectures={names!r} of this model is not supported: it must be one of "
-        + ", ".join(ARCHITECTURES)
-    )
+    return None
 
 
 def build_model(
@@ -80,9 +92,12 @@ def build_model(
     device: torch.device,
 ) -> Model:
     """The model with its weights, on a device."""
+    architecture = model_class(hf_config)
+    if architecture is None:
+        return load_fallback(path, hf_config, dtype, device, config.load_format == "dummy")
     method = find_method(config.quantization, hf_config)
     with device:
-        model = model_class(hf_config)(hf_config, dtype, max_model_len)
+        model = architecture(hf_config, dtype, max_model_len)
     if method is not None:
         quantise((linear for _, _, linear in model.linears()), method)
     if config.load_format == "dummy":
@@ -106,11 +121,11 @@ def page_bytes(hf_config: Any, block_size: int, kv_dtype: torch.dtype) -> int:
 def base_model_spec(hf_config: Any) -> BaseModelSpec:
     """What adapters of this model may target."""
     model = outline_model(hf_config)
-    modules = [
-        LoRAModule(name, path, linear.in_features, linear.out_features[name])
-        for _, _, linear in model.layers[0].linears()
-        for name, path in linear.paths(f"{model.LAYERS}.0.").items()
+    layers = [
+        _modules(layer, f"{model.LAYERS}.{i}.") for i, layer in enumerate(model_layers(model))
     ]
+    # Adapters of what only some layers have are refused.
+    modules = [module for module in layers[0] if all(module in layer for layer in layers[1:])]
     return BaseModelSpec(
         architecture=hf_config.architectures[0],
         num_layers=len(model.layers),
@@ -119,10 +134,21 @@ def base_model_spec(hf_config: Any) -> BaseModelSpec:
     )
 
 
+def _modules(layer: HasLinears, prefix: str) -> list[LoRAModule]:
+    return [
+        LoRAModule(name, path, linear.in_features, linear.out_features[name])
+        for _, _, linear in layer.linears()
+        for name, path in linear.paths(prefix).items()
+    ]
+
+
 def outline_model(hf_config: Any) -> Model:
     """The model without memory for its weights."""
+    architecture = model_class(hf_config)
+    if architecture is None:
+        return outline_fallback(hf_config)
     with torch.device("meta"):
-        return model_class(hf_config)(hf_config, torch.float32, 1)
+        return architecture(hf_config, torch.float32, 1)
 
 
 def lora_spec(

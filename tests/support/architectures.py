@@ -148,15 +148,48 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Served by transformers' implementations.
+FALLBACK_CASES: dict[str, dict[str, Any]] = {
+    "OPT": {
+        "model_type": "opt", "head_dim": None, "hidden_size": 240, "word_embed_proj_dim": 240,
+        "num_key_value_heads": None, "intermediate_size": None, "ffn_dim": 120,
+    },
+    "OLMo 3": {
+        "model_type": "olmo3", "head_dim": None, "hidden_size": 240, "sliding_window": 13,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "GLM 4": {"model_type": "glm4"},
+    "EXAONE 4": {
+        "model_type": "exaone4", "sliding_window": 13, "head_dim": 96,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "Nemotron": {"model_type": "nemotron"},
+    "Seed-OSS": {"model_type": "seed_oss"},
+    "Mixtral": {"model_type": "mixtral", "head_dim": 96, "num_local_experts": 4},
+    "Qwen3-MoE": {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40, "mlp_only_layers": [0],
+    },
+}  # fmt: skip
+
 
 def tiny_config(case: str) -> PreTrainedConfig:
     """The transformers config of a case."""
-    values = {name: value for name, value in {**SIZES, **CASES[case]}.items() if value is not None}
+    values = {
+        name: value
+        for name, value in {**SIZES, **{**CASES, **FALLBACK_CASES}[case]}.items()
+        if value is not None
+    }
     return AutoConfig.for_model(**{"pad_token_id": None, **values}, dtype="float32")
 
 
 def write_tiny_model(config: PreTrainedConfig, directory: Path) -> dict[str, Path]:
-    """Write a random model to directory/model; returns PEFT adapters on all of its linears."""
+    """Write a random model to directory/model; returns PEFT adapters on all of its linears.
+
+    Of models with experts, on those of attention: PEFT has experts as parameters.
+    """
+    has_experts = "num_experts" in config.to_dict() or "num_local_experts" in config.to_dict()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if has_experts else "all-linear"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
@@ -165,7 +198,7 @@ def write_tiny_model(config: PreTrainedConfig, directory: Path) -> dict[str, Pat
     adapters = {}
     for name, rank in (("small", 3), ("large", 12)):
         lora = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"
         )
         peft_model = get_peft_model(model, lora)
         for parameter in peft_model.parameters():

@@ -6,10 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
-from architectures import CASES, tiny_config, write_tiny_model
+from architectures import CASES, FALLBACK_CASES, tiny_config, write_tiny_model
+from model_table import DOCUMENT, architecture_of, render_document
 from oracle import Oracle
 
 from loraplex import LLM, LoRARequest, SamplingParams
+from loraplex.engine.models.registry import ARCHITECTURES
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0, detokenize=False)
 # Five at least: the case with long rope factors was trained for four positions.
@@ -17,7 +19,7 @@ PROMPT_LENGTHS = (5, 13, 40)
 MAX_MODEL_LEN = 60
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *FALLBACK_CASES])
 def test_a_mixed_batch_equals_transformers_and_peft(case: str, tmp_path: Path, one_thread: None):
     config = tiny_config(case)
     adapters = write_tiny_model(config, tmp_path)
@@ -44,3 +46,11 @@ def test_a_mixed_batch_equals_transformers_and_peft(case: str, tmp_path: Path, o
         )
         llm.check_integrity()
     Oracle(tmp_path / "model", adapters).assert_equals(names, outputs)
+
+
+def test_every_architecture_has_a_case():
+    assert {architecture_of(case) for case in CASES} == ARCHITECTURES.keys()
+
+
+def test_the_table_of_models_is_as_tested():
+    assert DOCUMENT.read_text() == render_document(), "run python tests/support/model_table.py"

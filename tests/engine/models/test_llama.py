@@ -154,12 +154,8 @@ def test_unreadable_checkpoints_are_refused(one_shard):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        (
-            "architectures",
-            ["MambaForCausalLM"],
-            "MambaForCausalLM.*must be one of LlamaForCausalLM",
-        ),
         ("hidden_act", "tanh", "hidden_act='tanh' .* one of gelu"),
+        ("architectures", ["LlamaModel"], "LlamaModel.*is a LlamaForCausalLM"),
         ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "dynamic"),
     ],
 )

@@ -1,0 +1,75 @@
+"""What transformers' implementations can't be served for, and that it is said. What they can is in
+test_architectures.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import tiny_config, write_tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from loraplex.engine.models import fallback
+from loraplex.engine.models.config import read_model_config
+
+SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+GROUPED = {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32}
+LATENT = {
+    **SIZES, "num_key_value_heads": 2, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 12, "kv_lora_rank": 8, "q_lora_rank": 8, "first_k_dense_replace": 2,
+}  # fmt: skip
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mamba", **SIZES}, "MambaForCausalLM.*fails with our attention"),
+        ({"model_type": "bloom", **SIZES}, "fails with our attention"),
+        ({"model_type": "gpt_oss", **GROUPED}, "its attention has sinks"),
+        ({"model_type": "deepseek_v3", **LATENT}, "keys and values differ in shape"),
+        ({"model_type": "falcon_h1", **GROUPED}, "fails with our attention"),
+        ({"model_type": "bert", **SIZES}, "mask is neither causal nor a sliding window"),
+        ({"model_type": "t5"}, "an encoder and a decoder"),
+        (
+            {"model_type": "seed_oss", **GROUPED, "rope_parameters": DYNAMIC_ROPE},
+            "rope_type='dynamic' depends on the length",
+        ),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_what_can_not_be_served_is_refused(config, message):
+    hf_config = AutoConfig.for_model(**config)
+    hf_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)]
+    with pytest.raises(ValueError, match=message):
+        fallback.outline_fallback(hf_config)
+
+
+def test_other_heads_than_a_language_model_s_are_refused():
+    hf_config = tiny_config("GLM 4")
+    hf_config.architectures = ["Glm4ForSequenceClassification"]
+    with pytest.raises(ValueError, match="what would generate text is a Glm4ForCausalLM"):
+        fallback.outline_fallback(hf_config)
+
+
+def test_tokens_that_depend_on_each_other_outside_of_attention_are_refused(monkeypatch):
+    hf_config = tiny_config("GLM 4")
+    hf_config.architectures = ["Glm4ForCausalLM"]
+    decoder = fallback.load_fallback(None, hf_config, torch.float32, CPU, is_dummy=True)
+    mlp = decoder._model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda module, args, output: output + args[0].roll(1, dims=1))
+    with pytest.raises(ValueError, match="tokens depend on each other outside of attention"):
+        fallback._check_that_only_attention_mixes_rows(decoder, hf_config.vocab_size, CPU)
+
+
+def test_a_checkpoint_without_a_tensor_is_refused(tmp_path):
+    write_tiny_model(tiny_config("GLM 4"), tmp_path)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    hf_config = read_model_config(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"lacks .* model\.layers\.1\.mlp\.down_proj\.weight"):
+        fallback.load_fallback(tmp_path / "model", hf_config, torch.float32, CPU, is_dummy=False)
