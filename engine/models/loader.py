@@ -1,9 +1,11 @@
-"""Reads safetensors checkpoints into a model. Every tensor must find its place, and every place its
+"""Reads checkpoints into a model. Every tensor must find its place, and every place its
 tensor."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from loraplex.engine.models.gguf_tensors import TABLE, read_tensors
 from loraplex.engine.models.weights import NamedPlaces, Place
+
+NamedReaders = Iterator[tuple[str, Callable[[], torch.Tensor]]]
 
 
 class LoadableModel(Protocol):
@@ -37,29 +42,35 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 def load_weights(model: LoadableModel, path: Path) -> None:
-    """Fill the model from the directory's safetensors shards.
+    """Fill the model from the directory's safetensors shards, or from a GGUF file.
 
     Raises ValueError naming the tensors that are left over, missing or of a wrong shape.
     """
     places = dict(model.named_weights())
     leftover: list[str] = []
-    for file in tqdm(checkpoint_files(path), desc="Loading weights", unit="file", leave=False):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    current_name = model.current_name(name)
-                    place = places.pop(current_name, None)
-                    if place is not None:
-                        copy_to_place(name, tensors.get_tensor(name), place)
-                    elif not (model.is_ignored(current_name) or _adds_nothing(name, tensors)):
-                        leftover.append(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file} can't be read as safetensors: {error}") from error
+    read_all = read_tensors if (path / TABLE).is_file() else _read_safetensors
+    for name, read in tqdm(read_all(path), desc="Loading weights", unit="tensor", leave=False):
+        current_name = model.current_name(name)
+        place = places.pop(current_name, None)
+        if place is not None:
+            copy_to_place(name, read(), place)
+        elif not (model.is_ignored(current_name) or _adds_nothing(name, read)):
+            leftover.append(name)
     if leftover:
         raise ValueError(f"the checkpoint has tensors that the model lacks: {_some(leftover)}")
     if places:
         raise ValueError(f"the checkpoint lacks tensors of the model: {_some(list(places))}")
     model.finish_loading()
+
+
+def _read_safetensors(path: Path) -> NamedReaders:
+    for file in checkpoint_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    yield name, partial(tensors.get_tensor, name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} can't be read as safetensors: {error}") from error
 
 
 def fill_dummy_weights(model: LoadableModel, seed: int, device: torch.device) -> None:
@@ -102,9 +113,9 @@ def _without_ones(shape: torch.Size) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def _adds_nothing(name: str, tensors: safe_open) -> bool:
+def _adds_nothing(name: str, read: Callable[[], torch.Tensor]) -> bool:
     """Quantisers write biases of zeros to models that have none."""
-    return name.endswith(".bias") and not tensors.get_tensor(name).any()
+    return name.endswith(".bias") and not read().any()
 
 
 def _some(names: list[str], limit: int = 5) -> str:

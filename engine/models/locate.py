@@ -1,7 +1,7 @@
 """From the name a user gives a model to a local Hugging Face directory.
 
-A name is the embedded model's, a local directory or a Hugging Face hub id. What is inside the
-directory (architecture, weights) is the business of whoever loads it.
+A name is the embedded model's, a local directory, a GGUF file or a Hugging Face hub id. What is
+inside the directory (architecture, weights) is the business of whoever loads it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from loraplex.engine.models.embedded import (
     convert_embedded_model,
     find_gguf,
 )
+from loraplex.engine.models.gguf_directory import gguf_directory
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,13 @@ def locate_tokenizer(tokenizer: str, revision: str | None = None) -> Path:
 def model_name(model: str, path: Path) -> str:
     """How `model`, which locate_model found at `path`, is named to users.
 
-    A hub id and the embedded model keep their name; a directory has its last part.
+    A hub id and the embedded model keep their name; a directory has its last part, and a GGUF file
+    that without its ending.
     """
-    return path.resolve().name if os.path.isdir(Path(model).expanduser()) else model
+    local = Path(model).expanduser()
+    if os.path.isdir(local):
+        return path.resolve().name
+    return local.stem if os.path.isfile(local) else model
 
 
 def _locate(field: str, name: str, revision: str | None, files: list[str]) -> Path:
@@ -72,7 +77,12 @@ def _locate(field: str, name: str, revision: str | None, files: list[str]) -> Pa
             )
         return local if is_directory else _locate_embedded(field, files)
     if os.path.exists(local):
-        raise ValueError(f"{field}={name!r} is a file: give the directory that holds config.json")
+        if local.suffix == ".gguf":
+            return gguf_directory(local)
+        raise ValueError(
+            f"{field}={name!r} is a file: give the directory that holds config.json, or a file "
+            "that ends in .gguf"
+        )
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"{field}={name!r} is not allowed: there is no such directory")
     return _download(field, name, revision, files)

@@ -106,7 +106,7 @@ class PackedPart:
         module: str,
         code: Code,
         sizes: tuple[int, int],
-        scale_shape: tuple[int, int],
+        scale_shape: tuple[int, ...],
         is_symmetric: bool,
         has_order: bool,
         like: torch.Tensor,
@@ -128,8 +128,8 @@ class PackedPart:
         yield "weight_scale", self._scales
         yield "weight_shape", empty(2, dtype=torch.int64)
         if not self._is_symmetric:
-            rows = -(-self._scale_shape[0] // per_int32)
-            self._zeros = empty(rows, self._scale_shape[1], dtype=torch.int32)
+            rows, num_groups = -(-self._scale_shape[0] // per_int32), self._scale_shape[-1]
+            self._zeros = empty(rows, num_groups, dtype=torch.int32)
             yield "weight_zero_point", self._zeros
         if self._has_order:
             self._groups = empty(in_features, dtype=torch.int32)

@@ -10,9 +10,11 @@ from loraplex.engine.models.quantization.awq import Awq
 from loraplex.engine.models.quantization.bitsandbytes import BitsAndBytes, BitsAndBytesOnLoad
 from loraplex.engine.models.quantization.compressed_tensors import CompressedTensors
 from loraplex.engine.models.quantization.fp8 import FbgemmFp8, Fp8, Fp8OnLoad
+from loraplex.engine.models.quantization.gguf import Gguf
 from loraplex.engine.models.quantization.gptq import Gptq
 from loraplex.engine.models.quantization.settings import unsupported
 from loraplex.engine.models.quantization.weight import DensePart, Method, Part, QuantisedWeight
+from loraplex.engine.models.weights import DenseWeight
 
 # By quant_method of the checkpoint's quantization_config, which they are made from.
 CHECKPOINT_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
@@ -22,6 +24,7 @@ CHECKPOINT_METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {
     "fp8": Fp8,
     "fbgemm_fp8": FbgemmFp8,
     "compressed-tensors": CompressedTensors,
+    "gguf": Gguf,
 }
 # By what the option `quantization` says of a plain checkpoint.
 ON_LOAD_METHODS: dict[str, Callable[[], Method]] = {
@@ -65,7 +68,10 @@ def _list(names: Iterable[str]) -> str:
 
 
 def quantise(linears: Iterable[Linear], method: Method) -> None:
-    """Give linears, before they are loaded, the weights that the method has for them."""
+    """Give linears, before they are loaded, the weights that the method has for them.
+
+    Raises ValueError for sizes that the method does not allow.
+    """
     for linear in linears:
         parts: dict[str, Part] = {}
         is_quantised = False
@@ -75,4 +81,9 @@ def quantise(linears: Iterable[Linear], method: Method) -> None:
             is_quantised |= part is not None
             parts[name] = part or DensePart(*sizes)
         if is_quantised:
+            if type(linear.weight) is not DenseWeight:
+                raise ValueError(
+                    f"{linear.prefix}{name} of this model is stored transposed, which is not "
+                    "supported together with quantisation"
+                )
             linear.weight = QuantisedWeight(parts)

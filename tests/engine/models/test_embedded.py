@@ -15,7 +15,7 @@ from huggingface_hub import errors
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraplex.engine.models import embedded, locate
+from loraplex.engine.models import cache, embedded, locate
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_conversion_runs_once_for_all_who_want_it(
     assert len(conversions) == 1
     assert len(results) == 3
     assert len(set(results)) == 1
-    assert results[0].parent == embedded.cache_root() / "models"
+    assert results[0].parent == cache.cache_root() / "models"
     gguf_path.write_bytes(b"other weights")
     assert embedded.convert_embedded_model(gguf_path) not in results
 

@@ -6,8 +6,11 @@ import bitsandbytes.functional as bnb
 import pytest
 from quantised_models import check_mixed_batch, check_products, write_quantised
 from quantisers import bitsandbytes_4bit, bitsandbytes_int8
+from transformers import GPT2Config
 
 from loraplex.engine.models.quantization.bitsandbytes import BitsAndBytes, BitsAndBytesOnLoad
+from loraplex.engine.models.quantization.methods import quantise
+from loraplex.engine.models.registry import outline_model
 
 CONFIG_OF_8_BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 
@@ -76,3 +79,9 @@ def test_what_is_not_supported_is_refused_by_name(config, message):
 def test_sizes_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ValueError, match=r"model.layers.0.p0 .*has 48 inputs.*multiple of 64"):
         check_products(BitsAndBytesOnLoad("nf4"), None, in_features=48)
+
+
+def test_weights_that_are_stored_transposed_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn .*stored transposed"):
+        outline = outline_model(GPT2Config(architectures=["GPT2LMHeadModel"]))
+        quantise((linear for _, _, linear in outline.linears()), BitsAndBytesOnLoad("nf4"))
