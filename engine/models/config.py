@@ -13,16 +13,23 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def read_model_config(path: Path) -> Any:
-    """The transformers config of a local model directory.
+    """The transformers config of a local model directory; its text_config if it has several.
 
     Raises ValueError if there is none, or none that transformers understands.
     """
     if not (path / "config.json").is_file():
         raise ValueError(f"model={str(path)!r} has no config.json: it is not a model directory")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, KeyError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"config.json of model={str(path)!r} can't be read: {error}") from error
+    text_config = config.get_text_config()
+    if text_config is not config:
+        # What is said of all parts.
+        for name in ("architectures", "dtype", "quantization_config"):
+            if getattr(config, name, None) is not None:
+                setattr(text_config, name, getattr(config, name))
+    return text_config
 
 
 def resolve_dtype(requested: str, config: Any) -> torch.dtype:

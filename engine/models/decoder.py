@@ -43,6 +43,8 @@ class Decoder(Module):
     GATE_UP: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
     # Checkpoint tensors that carry nothing: tables computed anew.
     IGNORED_SUFFIXES: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
+    # Of parts that are not served.
+    IGNORED_PREFIXES: ClassVar[tuple[str, ...]] = ()
     # What tensors' names begin with in older checkpoints, and in newer ones.
     OTHER_PREFIXES: ClassVar[Mapping[str, str]] = {}
     supports_graphs: ClassVar[bool] = True
@@ -199,7 +201,11 @@ class Decoder(Module):
     def is_ignored(self, name: str) -> bool:
         """Whether a checkpoint tensor without a place is left out knowingly."""
         is_copy = self.is_tied and name == f"{self.HEAD}.weight"
-        return is_copy or name.endswith(self.IGNORED_SUFFIXES)
+        return (
+            is_copy
+            or name.endswith(self.IGNORED_SUFFIXES)
+            or name.startswith(self.IGNORED_PREFIXES)
+        )
 
     def finish_loading(self) -> None:
         if self.is_tied:

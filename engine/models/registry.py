@@ -28,6 +28,10 @@ from loraplex.engine.models.llama import (
 )
 from loraplex.engine.models.loader import fill_dummy_weights, load_weights
 from loraplex.engine.models.locate import locate_model
+from loraplex.engine.models.multimodal import (
+    Gemma3ForConditionalGeneration,
+    Mistral3ForConditionalGeneration,
+)
 from loraplex.engine.models.olmo2 import Olmo2ForCausalLM
 from loraplex.engine.models.phi import Phi3ForCausalLM, PhiForCausalLM
 from loraplex.engine.models.quantization.methods import find_method, quantise
@@ -71,6 +75,8 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
         CohereForCausalLM,
         Cohere2ForCausalLM,
         StableLmForCausalLM,
+        Gemma3ForConditionalGeneration,
+        Mistral3ForConditionalGeneration,
     )
 }
 

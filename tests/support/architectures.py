@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 # What the cases share; a case says what it has otherwise. Heads of 80, groups of 3.
 SIZES = {
@@ -147,7 +152,35 @@ CASES: dict[str, dict[str, Any]] = {
         "use_parallel_residual": True,
     },
 }  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
 
+
+def _with_vision(model_type: str, text: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """The case of a model that also sees images."""
+    text = {name: value for name, value in {**SIZES, **text}.items() if value is not None}
+    nothing = dict.fromkeys(SIZES)
+    return {
+        **nothing, "model_type": model_type, "text_config": text, "vision_config": VISION, **values,
+    }  # fmt: skip
+
+
+CASES |= {
+    "Gemma 3 with images": _with_vision(
+        "gemma3",
+        {
+            "sliding_window": 13, "query_pre_attn_scalar": 50,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        mm_tokens_per_image=4,
+    ),
+    "Mistral Small 3.1": _with_vision(
+        "mistral3", {"model_type": "mistral", "sliding_window": None},
+        tie_word_embeddings=False,
+    ),
+}  # fmt: skip
 # Served by transformers' implementations.
 FALLBACK_CASES: dict[str, dict[str, Any]] = {
     "OPT": {
@@ -183,6 +216,12 @@ def tiny_config(case: str) -> PreTrainedConfig:
     return AutoConfig.for_model(**{"pad_token_id": None, **values}, dtype="float32")
 
 
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The name that checkpoints have in their config's architectures."""
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return names[config.model_type]
+
+
 def write_tiny_model(config: PreTrainedConfig, directory: Path) -> dict[str, Path]:
     """Write a random model to directory/model; returns PEFT adapters on all of its linears.
 
@@ -190,8 +229,10 @@ def write_tiny_model(config: PreTrainedConfig, directory: Path) -> dict[str, Pat
     """
     has_experts = "num_experts" in config.to_dict() or "num_local_experts" in config.to_dict()
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if has_experts else "all-linear"
+    if config.get_text_config() is not config:
+        targets = r"model\.language_model\..*_proj"
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = getattr(transformers, architecture_of(config))(config)
     for parameter in model.parameters():
         _randomise(parameter)
     model.save_pretrained(directory / "model")

@@ -6,8 +6,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from architectures import CASES, FALLBACK_CASES, tiny_config
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from architectures import CASES, FALLBACK_CASES, architecture_of, tiny_config
 
 from loraplex.engine.models.registry import ARCHITECTURES, base_model_spec
 
@@ -15,22 +14,17 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- begin of the generated table -->\n", "<!-- end of the generated table -->\n"
 
 
-def architecture_of(case: str) -> str:
-    """The name that checkpoints have in their config's architectures."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[tiny_config(case).model_type]
-
-
 def render_table() -> str:
     """One row for each architecture, in the order of the tests."""
     rows: dict[str, list[str]] = {}
     for case in (*CASES, *FALLBACK_CASES):
-        rows.setdefault(architecture_of(case), []).append(case)
+        rows.setdefault(architecture_of(tiny_config(case)), []).append(case)
     lines = [
         "| architecture | tested as | what it is | adapters on |",
         "|---|---|---|---|",
     ]
     for architecture, cases in rows.items():
-        config = tiny_config(cases[0])
+        config = tiny_config(cases[0]).get_text_config()
         config.architectures = [architecture]
         modules = dict.fromkeys(module.name for module in base_model_spec(config).modules)
         description = "through transformers' implementation"

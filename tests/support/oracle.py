@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from loraplex import RequestOutput
 
@@ -50,7 +51,8 @@ class Oracle:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._make_cache = Float8Cache if float8_kv else DynamicCache
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        (architecture,) = AutoConfig.from_pretrained(model_path).architectures
+        model = getattr(transformers, architecture).from_pretrained(model_path, dtype=dtype)
         self.model = model.eval()
         for name, path in adapters.items():
             if isinstance(self.model, PeftModel):
