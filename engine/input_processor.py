@@ -66,6 +66,8 @@ class InputProcessor:
                 f"stop={describe(params.stop)} is not allowed without text: it needs a tokenizer "
                 "and detokenize=True"
             )
+        if params.structured_outputs is not None and self._tokenizer is None:
+            raise ValueError("structured_outputs is not allowed without a tokenizer: it is of text")
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("logit_bias", params.logit_bias)
 

@@ -16,6 +16,7 @@ from loraplex.lora.recipe import Merge
 if TYPE_CHECKING:
     from loraplex.engine.adapter_manager import Adapter
     from loraplex.engine.adapter_resolver import Question
+    from loraplex.engine.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ class EngineOutput(msgspec.Struct, kw_only=True):
 class RequestStatus(enum.Enum):
     FETCHING = enum.auto()
     """Its adapter's version is asked for at its source, or its files are on their way here."""
+    COMPILING = enum.auto()
+    """Its grammar is not ready; it is in no queue, so that nobody waits behind it."""
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
@@ -230,6 +233,7 @@ class Request:
         "block_hashes",
         "block_table",
         "first_scheduled_time",
+        "grammar",
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -246,7 +250,9 @@ class Request:
         "wire",
     )
 
-    def __init__(self, wire: EngineRequest, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self, wire: EngineRequest, adapter: Adapter | None = None, grammar: Grammar | None = None
+    ) -> None:
         params = wire.sampling_params
         self.wire = wire
         self.adapter = adapter
@@ -256,6 +262,7 @@ class Request:
         # The first token that the adapter acts on; from none on, if it is the number of all tokens
         # that there may be. Known when the adapter is in the pool.
         self.adapter_start = 0
+        self.grammar = grammar
         self.status = RequestStatus.WAITING
         self.all_token_ids = list(wire.prompt_token_ids)
         self.num_prompt_tokens = len(wire.prompt_token_ids)

@@ -1,9 +1,10 @@
 """Logits to tokens. Works on tensors of any device; knows no requests.
 
-The order of things: log-probabilities are of the raw logits; then logit_bias, min_tokens and the
-penalties; then, for rows that are not greedy, temperature, min_p, top_k, top_p and the inverse of
-the cumulative distribution at the row's one uniform number. Where tokens are ranked, it is by logit
-and among equals by token id, so that ties depend neither on the device nor on the batch.
+The order of things: log-probabilities are of the raw logits; then logit_bias, min_tokens, the
+penalties and the grammars' masks; then, for rows that are not greedy, temperature, min_p, top_k,
+top_p and the inverse of the cumulative distribution at the row's one uniform number. Where tokens
+are ranked, it is by logit and among equals by token id, so that ties depend neither on the device
+nor on the batch.
 
 Numbers come back to the host several times here, for which a GPU has to be waited for:
 `native.sample` chooses by the same definition without, where logits are taken as they are.
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex.engine.request import TokenLogprobs
-from loraplex.engine.sampling_state import LogitAdjustments, SamplingBatch, TokensOfRows
+from loraplex.engine.sampling_state import Int32Array, LogitAdjustments, SamplingBatch, TokensOfRows
 
 Int64Array = npt.NDArray[np.int64]
 # Of logits [N, vocab_size], the batch, and the N rows of the batch that they are.
@@ -238,8 +239,8 @@ def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: Int64Array) -> torch.Tensor:
-    """Logits, in float32, with bias, min_tokens and penalties. They are of a part of the adjusted
-    rows: a range of indices into adjustments.rows."""
+    """Logits, in float32, with bias, min_tokens, penalties and masks. They are of a part of the
+    adjusted rows: a range of indices into adjustments.rows."""
     first, last = part[0], part[-1]
 
     def locate(tokens: TokensOfRows) -> tuple[torch.Tensor, torch.Tensor, slice]:
@@ -262,7 +263,21 @@ def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: Int64Arra
     adjusted[seen_rows, seen_ids] = torch.where(seen > 0, seen / repetition, seen * repetition)
     adjusted[rows, token_ids] -= _to(logits, adjustments.presence[part])[rows]
     frequency = _to(logits, adjustments.frequency[part])[rows]
-    return adjusted.index_put_((rows, token_ids), -frequency, accumulate=True)
+    adjusted.index_put_((rows, token_ids), -frequency, accumulate=True)
+    found = slice(*np.searchsorted(adjustments.masked, (first, last + 1)))
+    masks = adjustments.allowed[found]
+    if len(masks):
+        all_masks = np.full((len(part), masks.shape[1]), -1, np.int32)
+        all_masks[adjustments.masked[found] - first] = masks
+        adjusted.masked_fill_(_forbidden(logits, all_masks), -torch.inf)
+    return adjusted
+
+
+def _forbidden(logits: torch.Tensor, masks: Int32Array) -> torch.Tensor:
+    """Where masks [N, words of 32 tokens] have no bit: bool [N, vocab_size], beside the logits."""
+    packed = _to(logits, masks.view(np.uint8))
+    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)
+    return (bits & 1 == 0).flatten(1)[:, : logits.shape[1]]
 
 
 def _score_sampled(

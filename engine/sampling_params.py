@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraplex.engine.structured_outputs import StructuredOutputsParams
+
 MAX_LOGPROBS = 100
 
 
@@ -53,6 +55,8 @@ class SamplingParams:
     """The same for every prompt token."""
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Add to the logits of these token ids, each in [-100, 100]."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the text must look like: a JSON schema, a regular expression, ..."""
     detokenize: bool = True
     """Produce text; without it only token ids come back."""
     skip_special_tokens: bool = True
@@ -69,6 +73,8 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", logit_bias)
         self._check_types()
         self._check_ranges()
+        if self.structured_outputs is not None:
+            self._check_structured_outputs()
 
     def _check_types(self) -> None:
         for name in ("n", "top_k", "min_tokens"):
@@ -113,6 +119,15 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             _check(f"logit_bias[{token_id}]", bias, token_id >= 0 and -100 <= bias <= 100,
                    "a token id of 0 or more with a bias of -100 to 100")  # fmt: skip
+
+    def _check_structured_outputs(self) -> None:
+        """The grammar alone says where the output may end."""
+        value = self.structured_outputs
+        _check("structured_outputs", value, isinstance(value, StructuredOutputsParams),
+               "StructuredOutputsParams")  # fmt: skip
+        allowed = "its default with structured_outputs"
+        _check("ignore_eos", self.ignore_eos, not self.ignore_eos, allowed)
+        _check("min_tokens", self.min_tokens, self.min_tokens == 0, allowed)
 
     @property
     def is_greedy(self) -> bool:

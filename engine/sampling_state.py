@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from loraplex.engine.grammar import Grammar
 from loraplex.engine.request import EngineRequest
 
 Float32Array = npt.NDArray[np.float32]
@@ -52,6 +53,8 @@ class LogitAdjustments:
     repetition: Float32Array  # [A], 1 where there is no penalty
     presence: Float32Array  # [A], 0 where there is no penalty
     frequency: Float32Array  # [A], 0 where there is no penalty
+    masked: Int64Array  # [M], indices into `rows`, ascending: those with a grammar
+    allowed: Int32Array  # [M, words of 32 tokens], bit t % 32 of word t // 32 for token t
 
 
 @dataclass(slots=True)
@@ -67,10 +70,13 @@ class SamplingBatch:
     adjustments: LogitAdjustments | None
 
     @property
-    def has_penalties(self) -> bool:
+    def needs_output(self) -> bool:
         """Whether a row is chosen by the tokens before it, which the host had to know."""
+        adjustments = self.adjustments
+        if adjustments is None:
+            return False
         # A row with penalties has its prompt there, and no prompt is empty.
-        return self.adjustments is not None and len(self.adjustments.prompt.rows) > 0
+        return len(adjustments.prompt.rows) > 0 or len(adjustments.masked) > 0
 
     def select(self, rows: Int64Array) -> SamplingBatch:
         """These rows as a batch, without adjustments."""
@@ -92,6 +98,7 @@ class _SlotAdjustments:
     forbidden: Int64Array
     min_tokens: int
     has_penalties: bool
+    grammar: Grammar | None
 
 
 class SamplingState:
@@ -111,7 +118,7 @@ class SamplingState:
         self._adjusted_until = np.zeros(max_num_seqs, np.int64)
         self._adjustments: dict[int, _SlotAdjustments] = {}
 
-    def add(self, slot: int, request: EngineRequest) -> None:
+    def add(self, slot: int, request: EngineRequest, grammar: Grammar | None = None) -> None:
         """Take in the parameters of a request that begins to run in this slot."""
         params = request.sampling_params
         self._temperature[slot] = 0.0 if params.is_greedy else params.temperature
@@ -126,7 +133,7 @@ class SamplingState:
 
         eos_token_ids = [] if params.ignore_eos else request.eos_token_ids
         forbidden = {*params.stop_token_ids, *eos_token_ids}
-        if params.has_penalties or params.logit_bias:
+        if params.has_penalties or params.logit_bias or grammar is not None:
             self._adjusted_until[slot] = EVERYTHING
         else:
             self._adjusted_until[slot] = params.min_tokens if forbidden else 0
@@ -136,6 +143,7 @@ class SamplingState:
             forbidden=np.array(sorted(forbidden), np.int64),
             min_tokens=params.min_tokens,
             has_penalties=params.has_penalties,
+            grammar=grammar,
         )
 
     def remove(self, slot: int) -> None:
@@ -201,7 +209,17 @@ class SamplingState:
             repetition=self._repetition[slots],
             presence=self._presence[slots],
             frequency=self._frequency[slots],
+            masked=np.array([i for i, s in enumerate(states) if s.grammar is not None], np.int64),
+            allowed=_masks([s.grammar for s in states if s.grammar is not None]),
         )
+
+
+def _masks(grammars: list[Grammar]) -> Int32Array:
+    """What each grammar admits next."""
+    masks = np.empty((len(grammars), grammars[0].mask_words if grammars else 0), np.int32)
+    for grammar, mask in zip(grammars, masks, strict=True):
+        grammar.fill_mask(mask)
+    return masks
 
 
 def _flatten(token_ids_of_rows: list[npt.NDArray]) -> TokensOfRows:

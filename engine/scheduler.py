@@ -11,6 +11,7 @@ from loraplex.engine.adapter_resolver import AdapterResolver
 from loraplex.engine.admission import Admission
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.fair_queue import FairQueue
+from loraplex.engine.grammar import CompilingRequests, dead_end
 from loraplex.engine.kv_manager import KVManager
 from loraplex.engine.page_pool import PagePool
 from loraplex.engine.request import (
@@ -25,7 +26,8 @@ from loraplex.lora.spec import AdapterChanged
 
 
 class Scheduler:
-    """Owns all requests: waiting ones in a fair queue, running ones in order of admission."""
+    """Owns all requests: those whose grammars compile, waiting ones in a fair queue, running ones
+    in order of admission."""
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Scheduler:
         self._waiting = FairQueue()
         self._admission = Admission(self._waiting, config.max_num_waiting, config.max_queue_seconds)
         self._num_fetching = 0
+        self._compiling = CompilingRequests()
         self._running: list[Request] = []
         self._stopped: list[Request] = []
         self._requests: dict[str, Request] = {}
@@ -89,13 +92,18 @@ class Scheduler:
         return request.adapter is not None
 
     def _enqueue(self, request: Request, is_known: bool) -> None:
-        """The request waits for its turn, or first for its adapter to be known."""
+        """The request waits for its turn, or first for its adapter to be known or its grammar."""
         if not is_known:
             request.status = RequestStatus.FETCHING
             self._num_fetching += 1
             return
-        request.status = RequestStatus.WAITING
-        self._waiting.enter(request)
+        if request.grammar is None:
+            request.status = RequestStatus.WAITING
+            self._waiting.enter(request)
+        else:
+            request.status = RequestStatus.COMPILING
+            self._waiting.expect(request)
+            self._compiling.add(request)
         if request.adapter is not None:
             self._adapters.enter(request.adapter)
 
@@ -115,8 +123,8 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """With those whose adapters are fetched."""
-        return len(self._waiting) + self._num_fetching
+        """With those whose adapters are fetched and those whose grammars compile."""
+        return len(self._waiting) + self._num_fetching + len(self._compiling)
 
     @property
     def num_fetching(self) -> int:
@@ -140,6 +148,12 @@ class Scheduler:
         for request, error in self._admission.take_late():
             self._take_out(request)
             self._finish_with_error(request, error)
+        for request, failure in self._compiling.take_ready():
+            if failure is not None:
+                self._finish_with_error(request, failure)
+            else:
+                request.status = RequestStatus.WAITING
+                self._waiting.push(request)
         plan = StepPlan()
         budget = self._schedule_running(plan)
         self._admit_waiting(plan, budget, only)
@@ -303,8 +317,9 @@ class Scheduler:
             self._resolver.leave(request)
             self._num_fetching -= 1
             return
-        if request.status is RequestStatus.WAITING:
-            self._waiting.remove(request)
+        if request.status in (RequestStatus.COMPILING, RequestStatus.WAITING):
+            is_queued = request.status is RequestStatus.WAITING
+            (self._waiting if is_queued else self._compiling).remove(request)
             return
         self._running.remove(request)
         self._stopped.append(request)
@@ -359,6 +374,10 @@ class Scheduler:
         ):
             request = batch.requests[index]
             if request.status is RequestStatus.FINISHED:
+                continue
+            if request.grammar is not None and not request.grammar.accept(token_id):
+                self._take_out(request)
+                self._finish_with_error(request, dead_end(request))
                 continue
             request.all_token_ids.append(token_id)
             self._waiting.charge(request, 0, 1)
@@ -418,7 +437,7 @@ class Scheduler:
         owner."""
         self._pool.check_integrity()
         self._kv.check_integrity(self._running)
-        in_queues = [*self._running, *self._waiting]
+        in_queues = [*self._compiling, *self._running, *self._waiting]
         self._adapters.check_integrity(in_queues)
         self._resolver.check_integrity()
         fetching = [r for r in self._requests.values() if r.status is RequestStatus.FETCHING]

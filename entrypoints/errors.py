@@ -16,7 +16,7 @@ from loraplex.engine.request import RequestError
 logger = logging.getLogger(__name__)
 
 # The house's messages for a bad value begin with the field: "top_p=2 is not allowed: ...".
-FIELD = re.compile(r"([a-z_]+)(?:\[[^\]]*\])?=")
+FIELD = re.compile(r"([a-z_]+(?:\.[a-z_]+)?)(?:\[[^\]]*\])?=")
 
 
 @dataclass

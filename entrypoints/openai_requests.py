@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from loraplex.engine.request import Service, describe
 from loraplex.engine.sampling_params import SamplingParams
+from loraplex.engine.structured_outputs import StructuredOutputsParams
 
 # Fields about bookkeeping on OpenAI's side. They change no token, so any value may come.
 IGNORED_FIELDS = frozenset(
@@ -23,7 +24,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "length_penalty": (1.0,),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "truncate_prompt_tokens": (),
@@ -111,6 +111,62 @@ def token_id_keys(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
+class JsonSchemaFormat(StrictModel):
+    name: str
+    description: str | None = None
+    """For people; the model gets to see none of this."""
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    """Any object, if it is left out."""
+    strict: bool | None = None
+    """Outputs keep to the schema either way."""
+
+
+class ResponseFormat(StrictModel):
+    """OpenAI's way to say what a text must look like."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: JsonSchemaFormat | None = None
+    format: dict[str, Any] | None = None
+    """Of a structural tag."""
+
+    @model_validator(mode="after")
+    def check_parts(self) -> ResponseFormat:
+        for name, of_type in (("json_schema", "json_schema"), ("format", "structural_tag")):
+            if (getattr(self, name) is not None) != (self.type == of_type):
+                raise ValueError(f"{name} must be given with type={of_type!r}, and only with it")
+        return self
+
+    def structured_outputs(self) -> StructuredOutputsParams | None:
+        """Raises ValueError for a schema that is not allowed."""
+        if self.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if self.json_schema is not None:
+            schema = self.json_schema.schema_
+            if schema is None:
+                return StructuredOutputsParams(json_object=True)
+            return StructuredOutputsParams(json=schema)
+        if self.format is not None:
+            tag = {"type": "structural_tag", "format": self.format}
+            return StructuredOutputsParams(structural_tag=tag)
+        return None
+
+
+class StructuredOutputs(StrictModel):
+    """vLLM's way to say it; see StructuredOutputsParams."""
+
+    json_: Any = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+    disable_any_whitespace: bool = False
+
+    def params(self) -> StructuredOutputsParams:
+        """Raises ValueError for what is not allowed."""
+        return StructuredOutputsParams(**self.model_dump(by_alias=True))
+
+
 class GenerationRequest(StrictModel):
     """What completions and chats have in common. None stands for the default."""
 
@@ -134,6 +190,8 @@ class GenerationRequest(StrictModel):
     skip_special_tokens: bool | None = None
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(token_id_keys)] = None
     prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: int | None = None
     max_queue_seconds: float | None = None
     stream: bool | None = None
@@ -153,6 +211,12 @@ class GenerationRequest(StrictModel):
             raise ValueError("prompt_logprobs is not allowed with stream=True")
         return self
 
+    @model_validator(mode="after")
+    def check_structure(self) -> GenerationRequest:
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("structured_outputs is not allowed together with response_format")
+        return self
+
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
@@ -162,7 +226,14 @@ class GenerationRequest(StrictModel):
         """Raises ValueError for a value that is not allowed."""
         return Service(priority=self.priority or 0, max_queue_seconds=self.max_queue_seconds)
 
+    def _structure(self) -> StructuredOutputsParams | None:
+        """Raises ValueError for what is not allowed."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.params()
+        return None if self.response_format is None else self.response_format.structured_outputs()
+
     def _sampling_params(self, **options: Any) -> SamplingParams:
+        options.setdefault("structured_outputs", self._structure())
         named = {name: getattr(self, name) for name in self.SAMPLING_FIELDS}
         return SamplingParams(**{k: v for k, v in named.items() if v is not None}, **options)
 

@@ -3,6 +3,8 @@
 On a machine without an NVIDIA GPU, `torch` from the default index brings gigabytes of CUDA
 libraries; where pip can see a CPU build (a wheel folder, an extra index), the range in
 pyproject.toml admits it and pip prefers it.
+
+xgrammar is left out: the Makefile installs it without what it declares.
 """
 
 import sys
@@ -11,4 +13,5 @@ from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
 groups = project["dependency-groups"].values()
-sys.stdout.write("\n".join([*project["project"]["dependencies"], *sum(groups, [])]) + "\n")
+lines = [*project["project"]["dependencies"], *sum(groups, [])]
+sys.stdout.write("\n".join(line for line in lines if not line.startswith("xgrammar")) + "\n")

@@ -28,7 +28,12 @@ from loraplex.engine.request import (
     TokenLogprobs,
 )
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.engine.sampling_state import TokensOfRows, generator_state, uniform
+from loraplex.engine.sampling_state import (
+    LogitAdjustments,
+    TokensOfRows,
+    generator_state,
+    uniform,
+)
 from loraplex.engine.step import PromptLogprobsSpan, StepBatch, StepResult
 from loraplex.lora.spec import AdapterChanged, AdapterTraits
 
@@ -247,7 +252,7 @@ class FakeRunner:
         token_ids = self._read_back(batch, int(batch.sampled[index]), adapter)
         if adjustments is not None and index in adjustments.rows:
             row = int(np.searchsorted(adjustments.rows, index))
-            forbidden = tokens_of_row(adjustments.forbidden, row)
+            forbidden = tokens_of_row(adjustments.forbidden, row) + masked_tokens(adjustments, row)
             if prompt := tokens_of_row(adjustments.prompt, row):
                 assert prompt + tokens_of_row(adjustments.output, row) == token_ids
         is_greedy = sampling.temperature[index] == 0
@@ -284,6 +289,15 @@ def tokens_of_row(tokens: TokensOfRows, row: int) -> list[int]:
     return tokens.token_ids[tokens.rows == row].tolist()
 
 
+def masked_tokens(adjustments: LogitAdjustments, row: int) -> list[int]:
+    """What the row's grammar, if it has one, does not admit."""
+    for masked, mask in zip(adjustments.masked.tolist(), adjustments.allowed, strict=True):
+        if masked == row:
+            bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB_SIZE]
+            return np.flatnonzero(bits == 0).tolist()
+    return []
+
+
 class FakeDevice:
     page_bytes = 1024
 
@@ -294,6 +308,7 @@ class FakeDevice:
         block_size: int,
         steps_ahead: int,
         num_awaited_pages: int,
+        tokenizer_path: str,
     ) -> None:
         self.num_pages = num_pages
         self.steps_ahead = steps_ahead
@@ -302,7 +317,7 @@ class FakeDevice:
         self.runner = FakeRunner(self.adapter_store, block_size, steps_ahead)
         self.model_info = ModelInfo(
             model_name="fake",
-            tokenizer_path="",
+            tokenizer_path=tokenizer_path,
             max_model_len=max_model_len,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=[EOS_TOKEN_ID],
@@ -320,6 +335,7 @@ def fake_core(
     block_size: int = 4,
     steps_ahead: int = 0,
     num_awaited_pages: int = 0,
+    tokenizer_path: str = "",
     **options: object,
 ) -> EngineCore:
     """An EngineCore on a FakeDevice, which is its `_device`."""
@@ -330,7 +346,12 @@ def fake_core(
 
     def build(config: EngineConfig, wake: Callable[[], None]) -> FakeDevice:
         return FakeDevice(
-            num_pages, max_model_len, config.block_size, steps_ahead, num_awaited_pages
+            num_pages,
+            max_model_len,
+            config.block_size,
+            steps_ahead,
+            num_awaited_pages,
+            tokenizer_path,
         )
 
     return EngineCore(config, build)

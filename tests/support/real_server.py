@@ -16,16 +16,18 @@ from loraplex import EngineConfig
 
 
 @contextmanager
-def serving(adapter_paths: Mapping[str, str]) -> Iterator[str]:
+def serving(adapter_paths: Mapping[str, str], *flags: str) -> Iterator[str]:
     """URL of a server with these adapters, in float32; it must end cleanly when asked to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     modules = [f"{name}={path}" for name, path in adapter_paths.items()]
+    if modules:
+        flags = (*flags, "--lora-modules", *modules)
     process = subprocess.Popen(
         [sys.executable, "-m", "loraplex.entrypoints.cli", "serve", EngineConfig().model,
          "--dtype", "float32", "--max-model-len", "512", "--port", str(port),
-         "--lora-modules", *modules]
+         *flags]
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
