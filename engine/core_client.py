@@ -19,6 +19,7 @@ import zmq.asyncio
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_process import (
+    MOST_STEPS_BEHIND,
     AbortRequests,
     AddRequest,
     Call,
@@ -60,6 +61,7 @@ class CoreClient:
         self._inputs.set_hwm(0)  # The front never waits for the core to take a message.
         self._inputs.bind(self._arguments.input_address)
         self._outputs = zmq.asyncio.Socket(self._context, zmq.PULL)
+        self._outputs.set_hwm(MOST_STEPS_BEHIND)
         self._outputs.bind(self._arguments.output_address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(OutputMessage)
@@ -141,7 +143,7 @@ class CoreClient:
         try:
             if patience and not self._ended.is_set():
                 self._send(Shutdown())
-                await asyncio.wait_for(self._ended.wait(), patience)
+                await asyncio.wait_for(self._drain_until_end(), patience)
         except (EngineDeadError, TimeoutError):
             logger.warning("The engine process did not end when asked to; killing it.")
         finally:
@@ -150,6 +152,20 @@ class CoreClient:
             asyncio.get_running_loop().remove_reader(self._process.sentinel)
             self._silent.cancel()
             self._process.close()
+
+    async def _drain_until_end(self) -> None:
+        """A core that waits for its outputs to be taken would not see that it is to end."""
+
+        async def drain() -> None:
+            while True:
+                await self._outputs.recv()
+
+        draining = asyncio.create_task(drain())
+        try:
+            await self._ended.wait()
+        finally:
+            draining.cancel()
+            await asyncio.gather(draining, return_exceptions=True)
 
     def _send(self, message: InputMessage) -> None:
         try:

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # A load wakes the core by itself; this bounds how long a message waits meanwhile, in seconds.
 LOAD_WAIT = 0.002
+# So many steps' outputs may be on their way; they would only wait, and take memory.
+MOST_STEPS_BEHIND = 8
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -123,6 +125,7 @@ def run_core(arguments: CoreProcessArguments) -> None:
     inputs = context.socket(zmq.PULL)
     inputs.connect(arguments.input_address)
     outputs = context.socket(zmq.PUSH)
+    outputs.set_hwm(MOST_STEPS_BEHIND)
     outputs.connect(arguments.output_address)
     channel = CoreChannel(inputs, outputs)
     try:
@@ -179,7 +182,7 @@ class CoreChannel:
         self._decoder = msgspec.msgpack.Decoder(InputMessage)
 
     def send(self, message: OutputMessage) -> None:
-        """Waits while the front is a thousand messages behind: then there is no use in stepping."""
+        """Waits while the front is far behind: then there is no use in stepping."""
         self._outputs.send(self._encoder.encode(message))
 
     def receive(self, may_wait: bool) -> InputMessage | None:

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "serve": "Latency of an OpenAI-compatible server under traffic that does not wait for it.",
     "decode": "The time of a decode step by batch, adapters and rank against its floor.",
     "cold": "What requests to adapters in host memory cost themselves and those that run.",
+    "server": "What HTTP costs: streams and cancelled requests without a model behind them.",
     "eviction": "What to evict: policies and fixed splits, on a simulated H100.",
     "kernels": "The kernels against what this machine's memory and arithmetic allow.",
 }
@@ -30,6 +31,8 @@ examples:
       gaps between tokens and times to first token, adapters cold and warm
   loraplex bench eviction --workloads chat scan --seeds 1
       the real scheduler and pool on a simulated device; needs neither a GPU nor a model
+  loraplex bench server --num-streams 1000
+      tokens a second of SSE, the server's CPU time for each, and what cancelled requests leave
   loraplex bench kernels
       the GPU's where there is one, else the CPU's
 
@@ -38,7 +41,7 @@ the versions and the command in them, and a picture if matplotlib is there.
 """
 
 # Where the module has another name than the benchmark.
-MODULES = {"decode": "decode_step", "cold": "cold_adapters"}
+MODULES = {"decode": "decode_step", "cold": "cold_adapters", "server": "server_load"}
 
 
 class _Forwarder(argparse.ArgumentParser):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from fake_device import (
     EOS_TOKEN_ID,
@@ -268,3 +270,29 @@ def assert_right(request: EngineRequest, outputs: list[EngineOutput], is_aborted
     if request.sampling_params.prompt_logprobs is not None:
         scored = [entry.token_ids[0] for entry in outputs[0].prompt_logprobs]
         assert scored == request.prompt_token_ids[1:]
+
+
+def test_ten_thousand_requests_that_are_cancelled_at_random_leave_the_pool_as_it_was():
+    core = fake_core(200, max_model_len=32, steps_ahead=1, max_num_seqs=64,
+                     max_num_batched_tokens=512)  # fmt: skip
+    rng = random.Random(0)
+    idle = core.stats()
+    num_added, running = 0, []
+    while num_added < 10_000 or core.has_unfinished_requests():
+        for _ in range(min(rng.randrange(120), 10_000 - num_added)):
+            adapter = f"a{rng.randrange(12)}" if rng.random() < 0.5 else None
+            prompt = range(start := rng.randrange(4), start + rng.randrange(1, 12))
+            core.add_request(make_request(f"r{num_added}", prompt, rng.randrange(1, 6), adapter))
+            running.append(f"r{num_added}")
+            num_added += 1
+        core.step()
+        core._device.adapter_store.finish_copies()
+        # Some of these have finished meanwhile, or were never admitted.
+        rng.shuffle(running)
+        core.abort_requests([running.pop() for _ in range(min(len(running), rng.randrange(80)))])
+    core.check_integrity()
+    stats = core.stats()
+    for name in ("pages_total", "pages_kv", "pages_adapter", "num_running", "num_waiting"):
+        assert stats[name] == idle[name], name
+    not_in_use = sum(stats[f"pages_{s}"] for s in ("free", "kv_cached", "adapter_idle"))
+    assert not_in_use == stats["pages_total"]
