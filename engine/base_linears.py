@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from threading import Lock
 
 import torch
@@ -12,15 +12,28 @@ from loraplex.lora.layers import LinearWithLoRA
 Tensor = torch.Tensor
 # Rows of a product that weights are read back by.
 ROWS = 256
+# How much two roundings of the same matrix, or its products, may differ.
+TOLERANCE = 0.02
+
+
+def _is_close(left: Tensor, right: Tensor) -> bool:
+    left, right = left.float(), right.float()
+    return bool((left - right).norm() <= TOLERANCE * right.norm())
 
 
 class ModelLinears:
     """Asks linears for their weights by multiplying, so that it is all the same to it what a weight
     is made of and where it lies. See loraplex.lora.spec.BaseLinears."""
 
-    def __init__(self, linears: Iterable[LinearWithLoRA], like: Tensor) -> None:
-        """like: a tensor of the dtype and on the device that the linears multiply."""
-        self._like = like
+    def __init__(
+        self,
+        linears: Iterable[LinearWithLoRA],
+        embedding: Tensor,
+        head: Callable[[Tensor, None], Tensor] | None,
+    ) -> None:
+        """The linears multiply what has the dtype of the embedding, and is on its device."""
+        self._like = embedding
+        self._head = head
         self._linears = {
             (linear.layer, module_id): (linear, slice(*linear.offsets[i : i + 2]))
             for linear in linears
@@ -44,6 +57,19 @@ class ModelLinears:
                 squares = [self.multiply(layer, module_id, x).square().sum(0) for x in rows]
                 known = self._squared_norms[layer, module_id] = torch.stack(squares).sum(0)
             return known
+
+    def is_embedding(self, matrix: Tensor) -> bool:
+        return matrix.shape == self._like.shape and _is_close(matrix, self._like.cpu())
+
+    @torch.inference_mode()
+    def is_head(self, matrix: Tensor) -> bool:
+        """By what it makes of a few random rows."""
+        if self._head is None or matrix.shape != self._like.shape:
+            return False
+        x = torch.randn(4, matrix.shape[1], generator=torch.Generator().manual_seed(0))
+        logits = self._head(x.to(self._like.device, self._like.dtype), None)
+        bias = self._head(torch.zeros_like(x).to(self._like.device, self._like.dtype), None)
+        return _is_close(x @ matrix.float().T, (logits.float() - bias.float()).cpu())
 
     def _in_features(self, layer: int, module_id: int) -> int:
         return self._linears[layer, module_id][0].base.in_features

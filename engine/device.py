@@ -19,6 +19,7 @@ from loraplex.engine.gpu_runner import MAX_GRAPH_TOKENS, GpuModelRunner
 from loraplex.engine.model_runner import ModelRunner
 from loraplex.engine.models.cache import cache_root
 from loraplex.engine.models.config import read_model_config, resolve_dtype, resolve_kv_dtype
+from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.locate import locate_model, locate_tokenizer, model_name
 from loraplex.engine.models.registry import (
     Model,
@@ -104,7 +105,8 @@ class TorchDevice:
                 model, hf_config, spec, backend, memory, config.block_size, kv_dtype
             )
         self.num_pages = len(memory)
-        linears = ModelLinears(self.runner.linears, like=model.embedding)
+        head = model.lm_head if isinstance(model, Decoder) else None
+        linears = ModelLinears(self.runner.linears, model.embedding, head)
         store = HostAdapterStore(
             replace(spec, linears=linears),
             self.page_bytes,

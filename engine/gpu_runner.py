@@ -22,6 +22,7 @@ from loraplex.attention.metadata import AttentionMetadata
 from loraplex.engine import sampler
 from loraplex.engine.model_runner import (
     DeviceBatch,
+    end_batch,
     make_kv_caches,
     score_prompt,
     with_vectors,
@@ -31,6 +32,7 @@ from loraplex.engine.models.registry import Model
 from loraplex.engine.request import TokenLogprobs
 from loraplex.engine.staging import StagingBuffer
 from loraplex.engine.step import StepBatch, StepResult
+from loraplex.lora.ends import EndBatch
 from loraplex.lora.layers import CudaLoRABatch, LoRABatch
 from loraplex.lora.plan import ITEM_FIELDS, MAX_RANK, SPLITS, max_items, plan_items
 from loraplex.lora.spec import BaseModelSpec
@@ -206,15 +208,17 @@ class GpuModelRunner:
         self._inputs.upload()
         self._uploaded.record()
         num_rows = num_tokens if bucket is None else bucket
-        if bucket is None or batch.vector_mask or not self._graphs:
-            hidden = self._forward(num_rows, attention, batch.module_mask, batch)
+        ends = end_batch(batch, self._pool_memory, self._model.embedding.dtype, self._spec)
+        if bucket is None or batch.vector_mask or ends is not None or not self._graphs:
+            hidden = self._forward(num_rows, attention, batch.module_mask, batch, ends)
         else:
             hidden = self._replay(num_rows, batch.module_mask)
         prompt_logprobs = [
-            score_prompt(self._model, span, hidden) for span in batch.prompt_logprobs
+            score_prompt(self._model, span, hidden, ends) for span in batch.prompt_logprobs
         ]
         rows = self._inputs.device["logits_rows"][: len(batch.logits_rows)]
-        return self._sample(batch, self._model.logits(hidden[rows]), prompt_logprobs)
+        head = None if ends is None else ends.head_of(batch.logits_rows)
+        return self._sample(batch, self._model.logits(hidden[rows], head), prompt_logprobs)
 
     def _replay(self, bucket: int, module_mask: int) -> Tensor:
         """Hidden states of a padded step, by its graph."""
@@ -266,11 +270,17 @@ class GpuModelRunner:
         )
 
     def _forward(
-        self, num_tokens: int, attention: Any, module_mask: int, step: StepBatch | None = None
+        self,
+        num_tokens: int,
+        attention: Any,
+        module_mask: int,
+        step: StepBatch | None = None,
+        ends: EndBatch | None = None,
     ) -> Tensor:
         """Hidden states [num_tokens, hidden] of the rows in the input buffers.
 
-        Of the step itself, which no graph has, it takes what adapters with vectors need.
+        No graph has `step` and `ends`, which adapters with vectors need, or with a part in the
+        embedding.
         """
         device = self._inputs.device
         slots = device["token_slots"][:num_tokens]
@@ -282,7 +292,7 @@ class GpuModelRunner:
             lora = self._lora_batch(num_tokens, module_mask)
         if lora is not None and step is not None and step.vector_mask:
             lora = with_vectors(lora, step, self._pool_memory, self._model.embedding, self._spec)
-        batch = DeviceBatch(attention=attention, kv_caches=self._kv_caches, lora=lora)
+        batch = DeviceBatch(attention=attention, kv_caches=self._kv_caches, lora=lora, ends=ends)
         return self._model.forward(token_ids, device["positions"][:num_tokens], batch)
 
     def _lora_batch(self, num_tokens: int, module_mask: int) -> CudaLoRABatch:

@@ -156,8 +156,9 @@ def _lora_segments(requests: list[Request], cu_seqlens_q: Int32Array) -> dict[st
         "page_tables": page_tables,
         "max_rank": max((t.max_rank for t in traits), default=0),
         "module_mask": reduce(or_, (t.module_mask for t in traits), 0),
-        "vector_segments": np.flatnonzero([t.vector_mask for t in traits]),
+        "traits": traits,
         "vector_mask": reduce(or_, (t.vector_mask for t in traits), 0),
+        "has_ends": any(t.has_ends for t in traits),
     }
 
 

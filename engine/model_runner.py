@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from loraplex.attention.backend import AttentionBackend, PlannedAttention
 from loraplex.attention.metadata import AttentionMetadata
 from loraplex.engine import sampler
+from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.registry import Model, kv_block_shape, model_layers
 from loraplex.engine.request import TokenLogprobs
 from loraplex.engine.step import FinishedStep, PromptLogprobsSpan, StepBatch, StepResult
+from loraplex.lora.ends import EmbeddingWithLoRA, EndBatch, HeadWithLoRA
 from loraplex.lora.layers import CpuLoRABatch, LinearWithLoRA, LoRABatch
 from loraplex.lora.spec import BaseModelSpec
 from loraplex.lora.vectors import VectorBatch
@@ -28,6 +31,7 @@ class DeviceBatch:
     attention: PlannedAttention
     kv_caches: list[tuple[torch.Tensor, torch.Tensor]]
     lora: LoRABatch | None
+    ends: EndBatch | None = None
 
     def attend(
         self,
@@ -69,19 +73,22 @@ class ModelRunner:
         """Compute the step's tokens, and sample where a request has all its tokens computed.
 
         It is done at once, so that no token is ever on its way."""
+        ends = end_batch(batch, self._pool_memory, self._model.embedding.dtype, self._spec)
         device_batch = DeviceBatch(
             attention=self._backend.plan(_attention_metadata(batch)),
             kv_caches=self._kv_caches,
             lora=self._lora_batch(batch),
+            ends=ends,
         )
         token_ids = torch.from_numpy(batch.token_ids)
         hidden = self._model.forward(token_ids, torch.from_numpy(batch.positions), device_batch)
         prompt_logprobs = [
-            score_prompt(self._model, span, hidden) for span in batch.prompt_logprobs
+            score_prompt(self._model, span, hidden, ends) for span in batch.prompt_logprobs
         ]
         if len(batch.sampled) == 0:
             return FinishedStep(StepResult([], None, prompt_logprobs))
-        logits = self._model.logits(hidden[torch.from_numpy(batch.logits_rows)])
+        head = None if ends is None else ends.head_of(batch.logits_rows)
+        logits = self._model.logits(hidden[torch.from_numpy(batch.logits_rows)], head)
         sampled = sampler.sample(logits, batch.sampling)
         return FinishedStep(
             StepResult(sampled.token_ids.tolist(), sampled.logprobs, prompt_logprobs)
@@ -112,14 +119,15 @@ def make_kv_caches(
 
 
 def score_prompt(
-    model: Model, span: PromptLogprobsSpan, hidden: torch.Tensor
+    model: Model, span: PromptLogprobsSpan, hidden: torch.Tensor, ends: EndBatch | None
 ) -> list[TokenLogprobs]:
     """What the model says of the prompt tokens that follow the span's rows."""
     scores: list[TokenLogprobs] = []
     for start in range(0, len(span.target_ids), PROMPT_LOGITS_ROWS):
         target_ids = torch.from_numpy(span.target_ids[start : start + PROMPT_LOGITS_ROWS])
         row = span.first_row + start
-        logits = model.logits(hidden[row : row + len(target_ids)])
+        head = None if ends is None else ends.head_of(np.arange(row, row + len(target_ids)))
+        logits = model.logits(hidden[row : row + len(target_ids)], head)
         scores += sampler.prompt_logprobs(
             logits, target_ids.long().to(logits.device), span.num_logprobs
         )
@@ -141,13 +149,24 @@ def with_vectors(
         spec,
         batch.segment_indptr,
         batch.page_tables,
-        batch.vector_segments,
-        batch.vector_mask,
+        batch.traits,
     )
 
 
+def end_batch(
+    batch: StepBatch, pool_memory: torch.Tensor, dtype: torch.dtype, spec: BaseModelSpec
+) -> EndBatch | None:
+    """What the adapters of a step make of the embedding and the head; None, as a rule: nothing."""
+    if not batch.has_ends:
+        return None
+    return EndBatch(pool_memory, dtype, spec, batch.segment_indptr, batch.page_tables, batch.traits)
+
+
 def wrap_linears(model: Model, spec: BaseModelSpec) -> list[LinearWithLoRA]:
-    """Let adapters attach to the linears of the spec."""
+    """Let adapters attach to the linears of the spec, and to embedding and head."""
+    if isinstance(model, Decoder):
+        setattr(model, "look_up", EmbeddingWithLoRA(model.look_up))  # noqa: B010 (a method)
+        setattr(model, "lm_head", HeadWithLoRA(model.lm_head))  # noqa: B010 (for its type)
     module_ids = {module.path: index for index, module in enumerate(spec.modules)}
     wrapped = []
     for index, layer in enumerate(model_layers(model)):

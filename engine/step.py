@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from loraplex.engine.request import Request, TokenLogprobs
 from loraplex.engine.sampling_state import SamplingBatch
+from loraplex.lora.spec import AdapterTraits
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -66,9 +67,11 @@ class StepBatch:
     max_rank: int
     module_mask: int
     """Bit m is set if any adapter here targets module m."""
-    vector_segments: Int64Array  # [V], of adapters with gains and offsets; as a rule there is none
+    traits: list[AdapterTraits]  # [S]
     vector_mask: int
-    """Bit m is set if any of them has vectors for module m."""
+    """Bit m is set if any adapter here has a gain and an offset for module m; as a rule 0."""
+    has_ends: bool
+    """Whether any adapter here has a part in the embedding or the head."""
 
     # Sampling: requests[i] for i in sampled get a token, from the logits of logits_rows. The
     # device keeps the last sampled token of each slot, for the token_slots of later steps.

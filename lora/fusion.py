@@ -15,7 +15,7 @@ import torch
 
 from loraplex.lora.image import AdapterWeights, Place
 from loraplex.lora.peft_config import MAX_RANK
-from loraplex.lora.peft_file import TargetedModule
+from loraplex.lora.peft_file import TargetedModule, not_served
 from loraplex.lora.spec import AdapterError, BaseModelSpec, LoRAModule
 
 # The parts of fused modules, in the order of their rows.
@@ -90,6 +90,9 @@ def place_weights(
 def _locate(
     module: TargetedModule, all_modules: Mapping[str, TargetedModule], spec: BaseModelSpec
 ) -> list[Part]:
+    for kind in ("replacement", "base"):
+        if kind in module.tensors:
+            raise not_served(module.tensors[kind])
     match = re.fullmatch(rf"{re.escape(spec.layer_path)}\.(\d{{1,6}})\.(.+)", module.name)
     outputs = match and _find_outputs(match[2], module, all_modules, spec)
     if match is None or not outputs:

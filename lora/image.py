@@ -7,16 +7,18 @@ page, and what is left at a page's end stays unused. The first tiles hold the he
 adapter. A [rank, in_features] and B transposed [rank, out_features] are each rows of tiles from
 their first tile on, zero padded. vector_tile 0: that is all of it. Else two vectors of float32
 [out_features] begin there, its gain and its offset (lora/vectors.py), each in whole tiles, zero
-padded. Layers follow one another, as the forward pass goes.
+padded. Layers follow one another, as the forward pass goes. Behind them may lie matrices for the
+embedding and the head, where the adapter's traits say: A and B as above, or one in place of the
+base model's, [vocab_size, hidden_size], laid out like an A.
 """
 
 from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex import native
-from loraplex.lora.spec import AdapterError, AdapterTraits, BaseModelSpec
+from loraplex.lora.spec import AdapterError, AdapterTraits, BaseModelSpec, EndTiles
 
 TILE_RANKS = 8
 TILE_COLUMNS = 64
@@ -33,6 +35,15 @@ HEADER_FIELDS = 4
 
 Place = tuple[int, int]
 """(layer, module id)"""
+
+
+@dataclass(frozen=True)
+class EndWeights:
+    """An adapter's matrices for the embedding or the head, as they are in its file."""
+
+    a: torch.Tensor  # [rank, in_features], or without b the matrix itself, [vocab_size, hidden]
+    b: torch.Tensor | None  # [out_features, rank]
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ class AdapterWeights:
     """float32 [out_features], where a module has one: its output is multiplied by 1 + this."""
     offsets: dict[Place, torch.Tensor] = field(default_factory=dict)
     """float32 [out_features], for the same modules: what is added to that."""
+    embedding: EndWeights | None = None
+    head: EndWeights | None = None
     invocation_token_ids: tuple[int, ...] = ()
     """See AdapterTraits."""
 
@@ -116,15 +129,18 @@ def layout_image(
         )
     for layer, module_id in sorted(ranks):
         module, rank = spec.modules[module_id], ranks[layer, module_id]
-        rank_tiles = -(-rank // TILE_RANKS)
         a_tile = num_tiles
-        b_tile = a_tile + rank_tiles * -(-module.in_features // TILE_COLUMNS)
-        num_tiles = b_tile + rank_tiles * -(-module.out_features // TILE_COLUMNS)
+        b_tile = a_tile + _num_tiles(rank, module.in_features)
+        num_tiles = b_tile + _num_tiles(rank, module.out_features)
         header[layer, module_id, :3] = a_tile, b_tile, rank
         if (layer, module_id) in with_vectors:
             header[layer, module_id, 3] = num_tiles
             num_tiles += 2 * num_vector_tiles(module.out_features, tile_bytes)
     return ImageLayout(header, num_tiles, tiles_per_page, -(-num_tiles // tiles_per_page))
+
+
+def _num_tiles(rows: int, columns: int) -> int:
+    return -(-rows // TILE_RANKS) * -(-columns // TILE_COLUMNS)
 
 
 def num_vector_tiles(out_features: int, tile_bytes: int) -> int:
@@ -146,30 +162,67 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
     """
     ranks, dtype = weights.ranks, weights.dtype
     layout = layout_image(ranks, spec, page_bytes, dtype.itemsize, weights.gains)
-    buffer = allocate_pages(layout.num_pages * page_bytes)
-    matrices, first_tiles, sides, scalings = [], [], [], []
-    places = sorted(ranks)
-    for place in places:
-        a_tile, b_tile = layout.header[place][:2].tolist()
-        matrices += [weights.a[place], weights.b[place]]
-        first_tiles += [a_tile, b_tile]
-        sides += [False, True]
-        scalings += [1.0, weights.scalings.get(place, 1.0)]
-    pages = buffer.view(layout.num_pages, page_bytes)
+    matrices = list(_matrices_of_layers(weights, spec, layout))
+    num_tiles, ends = layout.num_tiles, dict[str, EndTiles]()
+    for name, end in (("embedding", weights.embedding), ("head", weights.head)):
+        if end is not None:
+            ends[name] = EndTiles(num_tiles, 0, end.a.shape[0])
+            matrices.append(_Matrix(f"of the {name}", end.a, num_tiles))
+            num_tiles += _num_tiles(*end.a.shape)
+        if end is not None and end.b is not None:
+            ends[name] = replace(ends[name], b_tile=num_tiles)
+            matrices.append(_Matrix(f"of the {name}", end.b, num_tiles, True, end.scaling))
+            num_tiles += _num_tiles(*end.b.T.shape)
+    num_pages = -(-num_tiles // layout.tiles_per_page)
+    layout = replace(layout, num_tiles=num_tiles, num_pages=num_pages)
+    buffer = allocate_pages(num_pages * page_bytes)
+    pages = buffer.view(num_pages, page_bytes)
     # One call, in which others may hold the interpreter's lock: packing takes milliseconds.
-    index = native.pack_lora(pages, dtype.itemsize, matrices, first_tiles, sides, scalings)
+    index = native.pack_lora(
+        pages,
+        dtype.itemsize,
+        [matrix.values for matrix in matrices],
+        [matrix.first_tile for matrix in matrices],
+        [matrix.is_transposed for matrix in matrices],
+        [matrix.scaling for matrix in matrices],
+    )
     if index >= 0:
-        name = f"{spec.module_path(*places[index // 2])}.lora_{'AB'[index % 2]}.weight"
         raise AdapterError(
-            f"tensor 'base_model.model.{name}' is not allowed: it holds infinite or NaN values, or "
-            f"gets them as {dtype} times the scaling {scalings[index]:g}"
+            f"tensor {matrices[index].name} is not allowed: it holds infinite or NaN values, or "
+            f"gets them as {dtype} times the scaling {matrices[index].scaling:g}"
         )
     buffer[: layout.header.nbytes] = torch.from_numpy(layout.header.view(np.uint8).reshape(-1))
     _pack_vectors(weights, spec, layout, pages)
     traits = AdapterTraits(
-        max(ranks.values()), _mask(ranks), _mask(weights.gains), weights.invocation_token_ids
+        max_rank=max(ranks.values(), default=0),
+        module_mask=_mask(ranks),
+        vector_mask=_mask(weights.gains),
+        invocation_token_ids=weights.invocation_token_ids,
+        **ends,
     )
-    return AdapterImage(buffer, layout.num_pages, traits, dtype)
+    return AdapterImage(buffer, num_pages, traits, dtype)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """What goes into an image, from a tile on."""
+
+    name: str
+    values: torch.Tensor
+    first_tile: int
+    is_transposed: bool = False
+    scaling: float = 1.0
+
+
+def _matrices_of_layers(
+    weights: AdapterWeights, spec: BaseModelSpec, layout: ImageLayout
+) -> Iterator[_Matrix]:
+    for place in sorted(weights.a):
+        a_tile, b_tile = layout.header[place][:2].tolist()
+        name = f"base_model.model.{spec.module_path(*place)}.lora_"
+        yield _Matrix(repr(f"{name}A.weight"), weights.a[place], a_tile)
+        scaling = weights.scalings.get(place, 1.0)
+        yield _Matrix(repr(f"{name}B.weight"), weights.b[place], b_tile, True, scaling)
 
 
 def _mask(places: Collection[Place]) -> int:

@@ -115,6 +115,12 @@ class _LinearsOfOnes:
     def bias(self, layer: int, module_id: int) -> torch.Tensor:
         return torch.zeros(self.spec.modules[module_id].out_features)
 
+    def is_embedding(self, matrix: torch.Tensor) -> bool:
+        return True
+
+    def is_head(self, matrix: torch.Tensor) -> bool:
+        return True
+
 
 def _module_facts(
     modules: Sequence[TargetedModule], config: PeftConfig

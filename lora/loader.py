@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from loraplex.lora.ends import place_ends
 from loraplex.lora.fusion import locate, place_weights
 from loraplex.lora.image import AdapterImage, AdapterWeights, pack_image
 from loraplex.lora.merge import merge_adapters
@@ -39,11 +40,14 @@ def read_adapter(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterW
     fingerprint = adapter_fingerprint(path)
     config = read_peft_config(directory)
     with open_weights(directory) as file:
-        parts = locate(read_targeted_modules(file, config), spec)
+        modules = read_targeted_modules(file, config)
+        end_names = [end.path for end in (spec.embedding, spec.head) if end is not None]
+        parts = locate([m for m in modules if m.name not in end_names], spec)
         tensors = read_tensors(directory / WEIGHTS_FILE)
     weights = place_weights(parts, tensors, spec, dtype)
     for part in parts:
         add_vectors(weights, part, tensors, spec)
+    weights = place_ends(weights, [m for m in modules if m.name in end_names], tensors, spec)
     weights = replace(weights, invocation_token_ids=config.invocation_token_ids)
     if adapter_fingerprint(path) != fingerprint:
         raise AdapterError(f"the files in {path!r} changed while they were being read")

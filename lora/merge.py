@@ -63,6 +63,11 @@ def merge_adapters(
             "merged_adapters of adapters with alora_invocation_tokens is not allowed: they act "
             "from different places on"
         )
+    if any(adapter.embedding or adapter.head for adapter in adapters):
+        raise AdapterError(
+            "merged_adapters of adapters with a part in the embedding or the head is not allowed: "
+            "only A and B of layers can be merged"
+        )
     if any(adapter.gains for adapter in adapters):
         raise AdapterError(
             "merged_adapters of adapters with DoRA, lora_bias or trained biases is not allowed: "
@@ -92,11 +97,28 @@ def merge_adapters(
 
 def _multiply(adapter: AdapterWeights, weight: float, dtype: torch.dtype) -> AdapterWeights:
     scalings = {place: weight * adapter.scalings.get(place, 1.0) for place in adapter.a}
+    if any(end is not None and end.b is None for end in (adapter.embedding, adapter.head)):
+        raise AdapterError(
+            f"scale={weight:g} is not allowed for an adapter that replaces the embedding or the "
+            "head: it must be 1"
+        )
+    embedding, head = (
+        end and replace(end, scaling=weight * end.scaling)
+        for end in (adapter.embedding, adapter.head)
+    )
     gains, offsets = (
         {place: weight * vector for place, vector in vectors.items()}
         for vectors in (adapter.gains, adapter.offsets)
     )
-    return replace(adapter, dtype=dtype, scalings=scalings, gains=gains, offsets=offsets)
+    return replace(
+        adapter,
+        dtype=dtype,
+        scalings=scalings,
+        gains=gains,
+        offsets=offsets,
+        embedding=embedding,
+        head=head,
+    )
 
 
 def _check_ranks(adapters: Sequence[AdapterWeights], strategy: str, spec: BaseModelSpec) -> None:

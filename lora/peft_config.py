@@ -57,6 +57,7 @@ UNDERSTOOD_KEYS = frozenset(
         "layers_to_transform",
         "lora_alpha",
         "lora_bias",
+        "modules_to_save",
         "peft_type",
         "r",
         "rank_pattern",

@@ -19,13 +19,16 @@ from loraplex.lora.spec import AdapterError
 
 # What PEFT saves of a module, and what it is called in names of tensors.
 TENSOR_KINDS = {
-    "A": r"lora_A\.weight",
-    "B": r"lora_B\.weight",
+    "A": r"lora_A\.weight|lora_embedding_A",
+    "B": r"lora_B\.weight|lora_embedding_B",
     "magnitude": r"lora_magnitude_vector(\.weight)?",
     "lora_bias": r"lora_B\.bias",
     "bias": r"(base_layer\.)?bias",
+    "base": r"base_layer\.weight",
+    "replacement": r"weight",
 }
 VECTOR_NAMES = {"magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+VECTOR_KINDS = "magnitude", "lora_bias", "bias"
 TENSOR_NAME = re.compile(
     r"base_model\.model\.(?P<module>.+?)\.("
     + "|".join(f"(?P<{kind}>{pattern})" for kind, pattern in TENSOR_KINDS.items())
@@ -41,20 +44,35 @@ class TargetedModule:
     name: str
     """PEFT's, as in "model.layers.0.self_attn.q_proj"."""
     rank: int
+    """0: it has no A and B, but a matrix that replaces the base model's."""
     in_features: int
     out_features: int
     scaling: float
     file_dtype: str
-    vectors: Mapping[str, str]
-    """Names of tensors [out_features] by kind: "magnitude", "lora_bias", "bias"; as a rule none."""
+    tensors: Mapping[str, str]
+    """Names of its tensors by kind: "A" and "B" or "replacement", and what else there is."""
 
     @property
     def tensor_a(self) -> str:
-        return f"base_model.model.{self.name}.lora_A.weight"
+        return self.tensors["A"]
 
     @property
     def tensor_b(self) -> str:
-        return f"base_model.model.{self.name}.lora_B.weight"
+        return self.tensors["B"]
+
+    @property
+    def vectors(self) -> Mapping[str, str]:
+        """Of the tensors those of [out_features]; as a rule none."""
+        return {kind: name for kind, name in self.tensors.items() if kind in VECTOR_KINDS}
+
+
+def not_served(tensor_name: str) -> AdapterError:
+    """The error of a tensor that is nothing that we know."""
+    return AdapterError(
+        f"tensor {tensor_name!r} is not allowed: a LoRA adapter's tensors must be named "
+        "'base_model.model.<module>.lora_A.weight' or '...lora_B.weight'; besides, magnitudes and "
+        "biases of such modules are served, and matrices that replace the embedding or the head"
+    )
 
 
 def read_tensors(path: Path) -> Callable[[str], torch.Tensor]:
@@ -109,15 +127,20 @@ def read_targeted_modules(file: Any, config: PeftConfig) -> list[TargetedModule]
     for name in file.keys():  # noqa: SIM118 (not a dict)
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
-            raise AdapterError(
-                f"tensor {name!r} is not allowed: a LoRA adapter's tensors must be named "
-                "'base_model.model.<module>.lora_A.weight' or '...lora_B.weight'; biases and "
-                "magnitudes of such modules may follow"
-            )
+            raise not_served(name)
         kind = next(kind for kind in TENSOR_KINDS if match[kind] is not None)
-        modules.setdefault(match["module"], {})[kind] = name
+        other = modules.setdefault(match["module"], {}).setdefault(kind, name)
+        if other != name:
+            raise AdapterError(f"tensors {other!r} and {name!r} are for the same: one is allowed")
     if not modules:
         raise AdapterError(f"{WEIGHTS_FILE} holds no tensor")
+    for tensors in modules.values():
+        for kind, name in tensors.items():
+            if config.invocation_token_ids and kind not in "AB":
+                raise AdapterError(
+                    f"tensor {name!r} is not allowed beside alora_invocation_tokens: it would act "
+                    "on what comes before the invocation, too"
+                )
     return [_check_module(name, tensors, config, file) for name, tensors in modules.items()]
 
 
@@ -125,11 +148,22 @@ def _check_module(
     name: str, tensors: dict[str, str], config: PeftConfig, file: Any
 ) -> TargetedModule:
     """tensors: names by kind."""
-    sides = {side: f"base_model.model.{name}.lora_{side}.weight" for side in "AB"}
-    for side, tensor_name in sides.items():
+    if tensors.keys() == {"replacement"}:
+        return _check_replacement(name, tensors, file)
+    if "replacement" in tensors and len(tensors) > 1:
+        other = next(tensors[kind] for kind in tensors if kind != "replacement")
+        raise AdapterError(
+            f"tensor {tensors['replacement']!r} is not allowed beside {other!r}: a module has LoRA "
+            "or a matrix of its own"
+        )
+    for side in "AB":
         if side not in tensors:
             other = next(iter(tensors.values()))
-            raise AdapterError(f"tensor {other!r} has no partner {tensor_name!r}")
+            is_embedding = "lora_embedding_" in other
+            own_name = f"lora_embedding_{side}" if is_embedding else f"lora_{side}.weight"
+            partner = f"base_model.model.{name}.{own_name}"
+            raise AdapterError(f"tensor {other!r} has no partner {partner!r}")
+    sides = {side: tensors[side] for side in "AB"}
     if not config.targets(name):
         raise AdapterError(
             f"tensor {sides['A']!r} belongs to a module that target_modules of {CONFIG_FILE} "
@@ -140,7 +174,7 @@ def _check_module(
     out_features = file.get_slice(sides["B"]).get_shape()[:1]
     _check_tensor(sides["A"], file, [rank, *in_features], f"[{rank}, in_features]", rank)
     _check_tensor(sides["B"], file, [*out_features, rank], f"[out_features, {rank}]", rank)
-    vectors = {kind: tensor for kind, tensor in tensors.items() if kind not in sides}
+    vectors = {kind: tensors[kind] for kind in VECTOR_KINDS if kind in tensors}
     for kind, setting, is_on in (
         ("magnitude", "use_dora", config.use_dora),
         ("lora_bias", "lora_bias", config.lora_bias),
@@ -158,7 +192,15 @@ def _check_module(
         _check_tensor(tensor, file, out_features, str(out_features), rank)
     file_dtype = file.get_slice(sides["A"]).get_dtype()
     scaling = config.scaling_of(name)
-    return TargetedModule(name, rank, in_features[0], out_features[0], scaling, file_dtype, vectors)
+    return TargetedModule(name, rank, in_features[0], out_features[0], scaling, file_dtype, tensors)
+
+
+def _check_replacement(name: str, tensors: dict[str, str], file: Any) -> TargetedModule:
+    tensor = file.get_slice(tensors["replacement"])
+    shape, file_dtype = tensor.get_shape(), tensor.get_dtype()
+    if len(shape) != 2 or file_dtype not in SERVED_DTYPES:
+        raise not_served(tensors["replacement"])
+    return TargetedModule(name, 0, shape[1], shape[0], 1.0, file_dtype, tensors)
 
 
 def _check_tensor(name: str, file: Any, shape: list[int], expected: str, rank: int) -> None:

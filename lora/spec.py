@@ -52,6 +52,23 @@ class BaseLinears(Protocol):
     def bias(self, layer: int, module_id: int) -> torch.Tensor:
         """[out_features]; zeros if it has none."""
 
+    def is_embedding(self, matrix: torch.Tensor) -> bool:
+        """Whether it is the embedding, as far as rounding lets one tell."""
+
+    def is_head(self, matrix: torch.Tensor) -> bool:
+        """Whether it is the head's weight, as far as rounding lets one tell."""
+
+
+@dataclass(frozen=True)
+class EndTiles:
+    """Where an adapter's matrices for the embedding or the head are in its image."""
+
+    a_tile: int
+    b_tile: int
+    """0: there is no B, and A takes the place of the base model's matrix."""
+    rank: int
+    """Rows of A."""
+
 
 @dataclass(frozen=True)
 class AdapterTraits:
@@ -62,8 +79,15 @@ class AdapterTraits:
     """Bit m is set if module m is targeted in any layer."""
     vector_mask: int = 0
     """Bit m is set if module m has a gain and an offset in any layer (lora/vectors.py)."""
+    embedding: EndTiles | None = None
+    head: EndTiles | None = None
     invocation_token_ids: tuple[int, ...] = ()
     """It acts from the last place on where the prompt has these tokens; (): everywhere."""
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether it has a part in the embedding or the head."""
+        return self.embedding is not None or self.head is not None
 
     def first_token(self, prompt_token_ids: Sequence[int]) -> int | None:
         """The index of the first token that it acts on; None: on none, since it is not invoked."""
@@ -84,6 +108,10 @@ class BaseModelSpec:
     num_layers: int
     modules: tuple[LoRAModule, ...]
     layer_path: str = "model.layers"
+    embedding: LoRAModule | None = None
+    """Of names in full, as in "model.embed_tokens", and from token ids to hidden states."""
+    head: LoRAModule | None = None
+    """The same, from hidden states to logits."""
     linears: BaseLinears | None = field(default=None, compare=False, repr=False)
     """None: only what fits is known, so that adapters that need them can't be loaded."""
 

@@ -12,7 +12,9 @@ the batch's adapters if any of them has such vectors; without it nothing of this
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +28,7 @@ from loraplex.lora.image import (
     num_vector_tiles,
 )
 from loraplex.lora.layers import LinearWithLoRA, LoRABatch
-from loraplex.lora.spec import AdapterError, BaseModelSpec
+from loraplex.lora.spec import AdapterError, AdapterTraits, BaseModelSpec
 
 Tensor = torch.Tensor
 Int32Array = npt.NDArray[np.int32]
@@ -89,24 +91,23 @@ class VectorBatch:
         spec: BaseModelSpec,
         segment_indptr: Int32Array,
         page_tables: Int32Array,
-        vector_segments: npt.NDArray[np.int64],
-        vector_mask: int,
+        traits: Sequence[AdapterTraits],
     ) -> None:
         """pool: uint8 [num_pages, page_bytes], with images of elements of itemsize bytes.
 
-        segment_indptr, page_tables: of all segments; vector_segments: indices of those with
-        vectors. vector_mask: bit m is set if any of them has vectors for module m.
+        segment_indptr, page_tables, traits: of all segments.
         """
         self._plain = plain
-        self._mask = vector_mask
+        segments = [i for i, t in enumerate(traits) if t.vector_mask]
+        self._mask = reduce(or_, (t.vector_mask for t in traits))
         self._tile_bytes = TILE_ELEMENTS * itemsize
         self._tiles_per_page = pool.shape[1] // self._tile_bytes
         used = pool[:, : self._tiles_per_page * self._tile_bytes]
         self._tiles = used.unflatten(1, (self._tiles_per_page, self._tile_bytes))
         self._rows = [
-            slice(*segment_indptr[segment : segment + 2].tolist()) for segment in vector_segments
+            slice(*segment_indptr[segment : segment + 2].tolist()) for segment in segments
         ]
-        self._page_tables = torch.from_numpy(page_tables[vector_segments]).long().to(pool.device)
+        self._page_tables = torch.from_numpy(page_tables[segments]).long().to(pool.device)
         shape = spec.num_layers, spec.num_modules, HEADER_FIELDS
         header = pool[self._page_tables[:, 0], : 4 * int(np.prod(shape))]
         self._first_tiles = header.view(torch.int32).view(-1, *shape)[..., 3].long()

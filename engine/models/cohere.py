@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from loraplex.engine.models.blocks import HeadNormSplit, HeadSplit, Layer, ParallelLayer
@@ -44,8 +46,8 @@ class CohereForCausalLM(Decoder):
         )
         return HeadNormSplit(heads, q_norm, k_norm)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return super().logits(hidden) * self.config.logit_scale
+    def logits(self, hidden: Tensor, batch: Any = None) -> Tensor:
+        return super().logits(hidden, batch) * self.config.logit_scale
 
 
 class Cohere2ForCausalLM(CohereForCausalLM):

@@ -119,15 +119,22 @@ class Decoder(Module):
         """Attention scores x become cap * tanh(x / cap); 0: they stay as they are."""
         return 0.0
 
-    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         """token_ids, positions [num_tokens] -> [num_tokens, hidden]."""
-        return F.embedding(token_ids, self.embedding)
+        return self.look_up(token_ids, batch)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [num_rows, hidden] -> [num_rows, vocab_size] of the model's dtype."""
-        return self.lm_head(hidden, None)
+    def logits(self, hidden: Tensor, batch: Any = None) -> Tensor:
+        """hidden [num_rows, hidden] -> [num_rows, vocab_size] of the model's dtype.
+
+        batch: for whoever wraps the head.
+        """
+        return self.lm_head(hidden, batch)
 
     # -- helpers for them --------------------------------------------------------------------
+
+    def look_up(self, token_ids: Tensor, batch: ForwardBatch) -> Tensor:
+        """Rows of the embedding: token_ids [num_tokens] -> [num_tokens, hidden]."""
+        return F.embedding(token_ids, self.embedding)
 
     def linear(
         self, prefix: str, in_features: int, out_features: dict[str, int], has_bias: bool = False
@@ -214,7 +221,7 @@ class Decoder(Module):
 
     def forward(self, token_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         """token_ids, positions int64 [num_tokens] -> hidden states [num_tokens, hidden]."""
-        x = self.embed(token_ids, positions)
+        x = self.embed(token_ids, positions, batch)
         residual = torch.zeros_like(x)
         for layer in self.layers:
             x = layer(x, residual, positions, batch)

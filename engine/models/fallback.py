@@ -99,8 +99,11 @@ class TransformersDecoder:
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [num_rows, hidden] -> [num_rows, vocab_size] of the model's dtype."""
+    def logits(self, hidden: Tensor, batch: Any = None) -> Tensor:
+        """hidden [num_rows, hidden] -> [num_rows, vocab_size] of the model's dtype.
+
+        batch: as Decoder has it; here nobody wraps the head.
+        """
         # The head's factors and caps are in the forward of the whole, so that it is run with a body
         # that has its result already.
         body = self._model.get_decoder()

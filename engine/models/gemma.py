@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 
 from loraplex.engine.models.blocks import (
     MLP,
+    ForwardBatch,
     HeadNormSplit,
     HeadSplit,
     Layer,
@@ -27,10 +29,10 @@ class GemmaForCausalLM(LlamaForCausalLM):
     def make_norm(self, name: str, size: int) -> Norm:
         return OffsetRMSNorm(name, size, self.config.rms_norm_eps, self.dtype)
 
-    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         # The root is rounded as the model was trained with it.
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device="cpu").item()
-        return F.embedding(token_ids, self.embedding) * scale
+        return self.look_up(token_ids, batch) * scale
 
 
 class Gemma2ForCausalLM(GemmaForCausalLM):
@@ -59,8 +61,8 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
     def logits_soft_cap(self) -> float:
         return self.config.attn_logit_softcapping or 0.0
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits, cap = super().logits(hidden), self.config.final_logit_softcapping
+    def logits(self, hidden: Tensor, batch: Any = None) -> Tensor:
+        logits, cap = super().logits(hidden, batch), self.config.final_logit_softcapping
         return logits if cap is None else (logits / cap).tanh() * cap
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from loraplex.engine.models.blocks import MLP, Attention, Layer, PreNormLayer, activation
+from loraplex.engine.models.blocks import (
+    MLP,
+    Attention,
+    ForwardBatch,
+    Layer,
+    PreNormLayer,
+    activation,
+)
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.layers import LayerNorm, Linear, Norm
 from loraplex.engine.models.rope import Rope, no_positions
@@ -67,8 +74,8 @@ class GPT2LMHeadModel(Decoder):
     def make_norm(self, name: str, size: int) -> Norm:
         return LayerNorm(name, size, self.config.layer_norm_epsilon, self.dtype)
 
-    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        x = F.embedding(token_ids, self.embedding)
+    def embed(self, token_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
+        x = self.look_up(token_ids, batch)
         return x + F.embedding(positions, self.position_embedding)
 
     def named_weights(self) -> NamedPlaces:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 
 from loraplex.engine.models.blocks import MLP, Attention, ForwardBatch, Layer, PreNormLayer
 from loraplex.engine.models.layers import Norm
@@ -29,11 +30,11 @@ class GraniteForCausalLM(LlamaForCausalLM):
     def scale(self) -> float:
         return self.config.attention_multiplier
 
-    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.embedding) * self.config.embedding_multiplier
+    def embed(self, token_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
+        return self.look_up(token_ids, batch) * self.config.embedding_multiplier
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return super().logits(hidden) / self.config.logits_scaling
+    def logits(self, hidden: Tensor, batch: Any = None) -> Tensor:
+        return super().logits(hidden, batch) / self.config.logits_scaling
 
 
 class _GraniteLayer(PreNormLayer):

@@ -132,11 +132,18 @@ def base_model_spec(hf_config: Any) -> BaseModelSpec:
     ]
     # Adapters of what only some layers have are refused.
     modules = [module for module in layers[0] if all(module in layer for layer in layers[1:])]
+    embedding = head = None
+    if isinstance(model, Decoder):
+        vocab_size, hidden_size = model.embedding.shape
+        embedding = LoRAModule(model.EMBEDDING, model.EMBEDDING, vocab_size, hidden_size)
+        head = LoRAModule(model.HEAD, model.HEAD, hidden_size, vocab_size)
     return BaseModelSpec(
         architecture=hf_config.architectures[0],
         num_layers=len(model.layers),
         modules=tuple(modules),
         layer_path=model.LAYERS,
+        embedding=embedding,
+        head=head,
     )
 
 

@@ -124,6 +124,28 @@ def test_what_comes_before_an_invocation_is_shared_with_the_base_model(model_pat
         assert hit_tokens(llm, uninvoked, one) == 48, "all of it is the base model's"
 
 
+ENDS = {
+    "plain": PLAIN,
+    "lora": {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "r": 11},
+    "head": {"target_modules": ["lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens"], "use_rslora": True},
+    "saved": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "saved-head": {**PLAIN, "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_embedding_and_head(is_tied, tmp_path, one_thread):
+    model_path = write_tiny_model(tmp_path / "model", tie_word_embeddings=is_tied)
+    adapters = write_adapters(model_path, tmp_path, ENDS)
+    requests = {name: LoRARequest(name, str(path)) for name, path in adapters.items()}
+    oracle = Oracles(model_path, adapters)
+    with tiny_llm(model_path) as llm:
+        check_against_peft(llm, oracle, requests)
+        check_against_peft(llm, oracle, {"saved-head": requests["saved-head"]})
+
+
 def write_fused_twin(model_path: Path, path: Path) -> Path:
     """The same model, as a Phi-3."""
     config = Phi3Config.from_pretrained(model_path)

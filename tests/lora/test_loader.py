@@ -89,7 +89,10 @@ def test_modules_layers_and_patterns_decide_what_is_there(tmp_path):
     ("name", "complaint"),
     [
         ("base_model.model.lm_head.weight", "must be named"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "must be named"),
+        ("base_model.model.model.norm.weight", "must be named"),
+        (f"{Q0}.weight", "is not allowed beside"),
+        (f"{Q0}.base_layer.weight", "must be named"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "embed_tokens.lora_embedding_B'"),
         (f"{Q0}.lora_magnitude_vector", "adapter_config.json has use_dora off"),
         (f"{Q0}.lora_B.bias", "adapter_config.json has lora_bias off"),
         (f"{Q0}.base_layer.bias", "adapter_config.json has bias off"),

@@ -28,7 +28,6 @@ def parse(**values):
         ("bias", "some", "'none', 'lora_only' or 'all'"),
         ("use_dora", "yes", "true or false"),
         ("lora_bias", 1, "true or false"),
-        ("modules_to_save", ["lm_head"], "off"),
         ("use_qalora", True, "off"),
         ("use_bdlora", {"nblocks": 2}, "off"),
         ("alora_invocation_tokens", [1, "2"], "a list of token ids"),
