@@ -15,6 +15,7 @@ from loraplex.attention.backend import AttentionBackend, get_backend
 from loraplex.attention.metadata import AttentionShape
 from loraplex.engine.base_linears import ModelLinears
 from loraplex.engine.config import GIB, EngineConfig
+from loraplex.engine.generation_config import read_default_sampling, read_eos_token_ids
 from loraplex.engine.gpu_runner import MAX_GRAPH_TOKENS, GpuModelRunner
 from loraplex.engine.model_runner import ModelRunner
 from loraplex.engine.models.cache import cache_root
@@ -30,7 +31,6 @@ from loraplex.engine.models.registry import (
 )
 from loraplex.engine.pooled_adapters import PooledAdapters
 from loraplex.engine.request import ModelInfo
-from loraplex.engine.tokenizer import read_eos_token_ids
 from loraplex.lora.host_store import HostAdapterStore
 from loraplex.lora.sources.fetcher import AdapterFetcher
 from loraplex.lora.spec import BaseModelSpec
@@ -64,6 +64,7 @@ class TorchDevice:
             max_model_len=max_model_len,
             vocab_size=hf_config.vocab_size,
             eos_token_ids=read_eos_token_ids(path),
+            default_sampling=read_default_sampling(path),
             dtype=str(dtype).removeprefix("torch."),
             device=device.type,
         )

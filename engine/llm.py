@@ -67,6 +67,10 @@ class LLM:
         self._output_processor = OutputProcessor(tokenizer)
         self._request_ids = map(str, itertools.count())
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Those that the model's generation_config.json recommends."""
+        return SamplingParams(**self._core.model_info.default_sampling)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -80,7 +84,7 @@ class LLM:
 
         prompts: one or several of: a string, a list of token ids, {"prompt": text},
             {"prompt_token_ids": ids}.
-        sampling_params: for all, or one for each prompt.
+        sampling_params: for all, or one for each prompt; default: get_default_sampling_params().
         lora_request: the adapter for all, or one for each prompt; None is the base model.
         return_errors: a request that fails has its `error` in its output, and the others are not
             disturbed. Otherwise the error is raised: of a request that can be seen to be wrong,
@@ -89,7 +93,9 @@ class LLM:
             first.
         """
         prompts = _as_list(prompts)
-        params = _one_for_each("sampling_params", sampling_params or SamplingParams(), len(prompts))
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params = _one_for_each("sampling_params", sampling_params, len(prompts))
         lora_requests = _one_for_each("lora_request", lora_request, len(prompts))
         priorities = _one_for_each("priority", priority, len(prompts))
         request_ids = list(itertools.islice(self._request_ids, len(prompts)))

@@ -122,6 +122,8 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     """Of weights and activations, as torch calls it: "bfloat16"."""
     device: str
     """"cpu" or "cuda"."""
+    default_sampling: dict[str, Any] = {}
+    """The sampling parameters that the model comes with, where they are not SamplingParams'."""
 
 
 # What service costs. A generated token needs a pass over the weights of its own, a prompt token

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
+
+from loraplex.engine.generation_config import read_eos_token_ids
 
 
 class Tokenizer(Protocol):
@@ -102,16 +103,3 @@ def load_tokenizer(path: str | Path) -> TransformersTokenizer:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer can be read from {str(path)!r}: {error}") from error
     return TransformersTokenizer(tokenizer, read_eos_token_ids(path))
-
-
-def read_eos_token_ids(path: str | Path) -> list[int]:
-    """The end-of-sequence ids that a model directory's config.json and generation_config.json
-    name, sorted; chat models often end their turns with one that only the second names."""
-    token_ids: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        file = Path(path) / name
-        if file.exists():
-            eos_token_id = json.loads(file.read_text()).get("eos_token_id")
-            if eos_token_id is not None:
-                token_ids.update(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id])
-    return sorted(token_ids)

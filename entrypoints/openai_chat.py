@@ -55,7 +55,7 @@ class ChatAnswer:
         self._serving = serving
         self._body = body
         self._lora_request = serving.models.resolve(body.model)
-        self._params = body.sampling_params()
+        self._params = body.sampling_params(serving.engine.model_info.default_sampling)
         self._service = body.service()
         serving.check_max_tokens(len(prompt), self._params.max_tokens)
         self._prompt = prompt

@@ -51,7 +51,7 @@ class CompletionAnswer:
         self._serving = serving
         self._body = body
         self._lora_request = serving.models.resolve(body.model)
-        self._params = body.sampling_params()
+        self._params = body.sampling_params(serving.engine.model_info.default_sampling)
         self._service = body.service()
         self._prompts = prompts
         serving.limits.check_batch(len(prompts), self._params)

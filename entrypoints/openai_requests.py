@@ -232,10 +232,11 @@ class GenerationRequest(StrictModel):
             return self.structured_outputs.params()
         return None if self.response_format is None else self.response_format.structured_outputs()
 
-    def _sampling_params(self, **options: Any) -> SamplingParams:
+    def _sampling_params(self, defaults: Mapping[str, Any], **options: Any) -> SamplingParams:
         options.setdefault("structured_outputs", self._structure())
         named = {name: getattr(self, name) for name in self.SAMPLING_FIELDS}
-        return SamplingParams(**{k: v for k, v in named.items() if v is not None}, **options)
+        given = {name: value for name, value in named.items() if value is not None}
+        return SamplingParams(**{**defaults, **given, **options})
 
 
 def parse_prompts(value: Any) -> list[str | list[int]]:
@@ -285,14 +286,14 @@ class CompletionRequest(GenerationRequest):
         """
         return self.max_tokens == 0 and bool(self.echo)
 
-    def sampling_params(self) -> SamplingParams:
-        """Raises ValueError for a value that is not allowed."""
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """`defaults` are the model's own. Raises ValueError for a value that is not allowed."""
         options: dict[str, Any] = {"logprobs": self.logprobs}
         if self.max_tokens is not None:
             options["max_tokens"] = 1 if self.scores_prompt_only else self.max_tokens
         if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
             options["prompt_logprobs"] = self.logprobs
-        return self._sampling_params(**options)
+        return self._sampling_params(defaults, **options)
 
 
 def join_text_parts(value: Any) -> Any:
@@ -364,10 +365,11 @@ class ChatCompletionRequest(GenerationRequest):
             raise ValueError(f"chat_template_kwargs must not have {', '.join(sorted(reserved))}")
         return self
 
-    def sampling_params(self) -> SamplingParams:
-        """Raises ValueError for a value that is not allowed."""
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """`defaults` are the model's own. Raises ValueError for a value that is not allowed."""
         max_tokens = self.max_completion_tokens
         return self._sampling_params(
+            defaults,
             max_tokens=self.max_tokens if max_tokens is None else max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from loraplex.engine.tokenizer import load_tokenizer, read_eos_token_ids
+from loraplex.engine.tokenizer import load_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"
@@ -61,10 +61,8 @@ def test_special_tokens_are_text_only_if_wanted(tokenizer):
     assert tokenizer.decode(token_ids, skip_special_tokens=False) == "<s>a</s>"
 
 
-def test_end_of_sequence_ids_are_those_of_all_files(tokenizer, paths, tmp_path):
-    assert read_eos_token_ids(paths[0]) == [9, 300, 301]
+def test_end_of_sequence_ids_are_those_of_all_files(tokenizer):
     assert tokenizer.eos_token_ids == [9, 257, 300, 301]
-    assert read_eos_token_ids(tmp_path) == []
 
 
 def test_chat_template(tokenizer):
