@@ -20,7 +20,7 @@ from loraplex.engine.models.gguf_directory import gguf_directory
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer*", "merges.txt"]
+_TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "*.txt"]
 _MODEL_FILES = ["*.safetensors", *_TOKENIZER_FILES]
 # Subfolders and consolidated files hold the same weights again, in other formats.
 _UNWANTED_FILES = ["*/*", "consolidated*"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -63,6 +66,47 @@ def test_special_tokens_are_text_only_if_wanted(tokenizer):
 
 def test_end_of_sequence_ids_are_those_of_all_files(tokenizer):
     assert tokenizer.eos_token_ids == [9, 257, 300, 301]
+
+
+TEXT = "Hello , it 's 你好 😀!  two"
+
+
+def write_directory(path: Path, **tokenizer_config) -> None:
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    values = {"bos_token": "<s>", "eos_token": "</s>", **tokenizer_config}
+    (path / "tokenizer_config.json").write_text(json.dumps(values))
+
+
+def test_a_sentencepiece_model_alone_is_enough(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(Path(__file__).read_text().splitlines()),
+        model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.vocab").unlink()
+    write_directory(
+        tmp_path, tokenizer_class="LlamaTokenizer", unk_token="<unk>", add_bos_token=True
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert tokenizer.encode(TEXT) == [1, *own.encode(TEXT)]
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert tokenizer.eos_token_ids == [2]
+
+
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_a_tiktoken_file_alone_is_enough(tokenizer_class, tmp_path):
+    ranks = {bytes([i]): i for i in range(256)}
+    for merged in (b"ll", b"llo", b"He", b"Hello", b" t", b"wo", b" two"):
+        ranks[merged] = len(ranks)
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    (tmp_path / "tokenizer.model").write_text("".join(lines))
+    write_directory(tmp_path, tokenizer_class=tokenizer_class)
+    tokenizer = load_tokenizer(tmp_path)
+    token_ids = tokenizer.encode(TEXT, add_special_tokens=False)
+    assert token_ids[0] == ranks[b"Hello"]
+    assert tokenizer.decode(token_ids) == TEXT
 
 
 def test_chat_template(tokenizer):
