@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 import uuid
+from collections.abc import Iterable
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
@@ -60,9 +61,9 @@ class Visit:
             self._is_complete = True
         await self._send(message)
 
-    def admit_adapter(self, name: str) -> None:
-        """Raises ApiError 403 if the caller may not use it; "" is the base model."""
-        if name:
+    def admit_adapters(self, names: Iterable[str]) -> None:
+        """Raises ApiError 403 for one that the caller may not use."""
+        for name in names:
             if self.caller is not None:
                 self.caller.check_adapter(name)
             self._adapters.add(name)

@@ -26,6 +26,7 @@ from loraplex.entrypoints.lorax_responses import (
     Token,
 )
 from loraplex.entrypoints.serving import Serving
+from loraplex.lora.sources.reference import ADAPTER_SOURCES, parse_adapter_reference
 
 
 class GenerateAnswer:
@@ -97,8 +98,10 @@ class GenerateAnswer:
             "x-model-id": self._serving.models.base_name,
         }
         if self._lora_request is not None:
-            headers["x-adapter-id"] = _header_text(self._parameters.adapter_id or "")
-            headers["x-adapter-source"] = self._parameters.adapter_source or "local"
+            merged = self._parameters.merged_adapters
+            ids = [self._parameters.adapter_id or ""] if merged is None else merged.ids
+            headers["x-adapter-id"] = _header_text(",".join(ids))
+            headers["x-adapter-source"] = _source(self._lora_request)
         return headers
 
     def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
@@ -224,6 +227,12 @@ def _finish_reason(completion: CompletionOutput) -> str:
         case "stop":
             return "eos_token" if completion.stop_reason is None else "stop_sequence"
     raise IncompleteGeneration("the generation was ended early")
+
+
+def _source(lora_request: LoRARequest) -> str:
+    """LoRAX's name of where an adapter comes from, of several where the first does."""
+    source = parse_adapter_reference(lora_request.parts[0].lora_path).source
+    return next(name for name, own in ADAPTER_SOURCES.items() if own == source)
 
 
 def _header_text(text: str) -> str:

@@ -6,7 +6,7 @@ A field that is not honoured is refused by name, unless it is null.
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -38,11 +38,35 @@ def refuse(field: str, value: Any, allowed: str) -> PydanticCustomError:
     )
 
 
+class MergeParameters(LoraxModel):
+    """Adapters that are used as one."""
+
+    ids: Annotated[list[str], Field(min_length=1)]
+    weights: list[float]
+    merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] = "linear"
+    density: Annotated[float, Field(ge=0, le=1)] = 0.0
+    majority_sign_method: Literal["total", "frequency"] = "total"
+
+    @model_validator(mode="after")
+    def check_together(self) -> MergeParameters:
+        if len(self.weights) != len(self.ids):
+            raise refuse("weights", self.weights, "one weight for each of ids")
+        if self.density == 0 and self.merge_strategy != "linear":
+            raise refuse("density", 0, f"above 0 with merge_strategy={self.merge_strategy!r}")
+        return self
+
+    @property
+    def effective_density(self) -> float:
+        """Of what is kept; "linear" keeps all."""
+        return 1.0 if self.merge_strategy == "linear" else self.density
+
+
 class GenerateParameters(LoraxModel):
     """What a request may ask for; the defaults are LoRAX's."""
 
     adapter_id: str | None = None
     adapter_source: str | None = None
+    merged_adapters: MergeParameters | None = None
     api_token: str | None = Field(default=None, repr=False)
     best_of: Annotated[int, Field(ge=1)] = 1
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -71,6 +95,8 @@ class GenerateParameters(LoraxModel):
             raise refuse("typical_p", self.typical_p, "1: this server has no typical sampling")
         if self.watermark:
             raise refuse("watermark", True, "false: this server marks no text")
+        if self.merged_adapters is not None and self.base_or_adapter_id is not None:
+            raise refuse("adapter_id", self.adapter_id, "left out with merged_adapters")
         if self.best_of > 1 and not self.samples:
             raise refuse("best_of", self.best_of, "1 without sampling (do_sample=true)")
         if self.best_of > 1 and self.seed is not None:

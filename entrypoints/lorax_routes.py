@@ -7,8 +7,9 @@ import time
 from fastapi import APIRouter, Request, Response
 
 import loraplex
-from loraplex.engine.request import LoRARequest
+from loraplex.entrypoints.access_log import current_visit
 from loraplex.entrypoints.errors import LoraxError, to_lorax_error
+from loraplex.entrypoints.lorax_adapters import find_adapter
 from loraplex.entrypoints.lorax_answers import GenerateAnswer
 from loraplex.entrypoints.lorax_requests import (
     ClassifyRequest,
@@ -98,7 +99,9 @@ async def _generate(
     parameters = body.parameters
     if stream:
         _check_stream(parameters)
-    lora_request = _adapter(serving, parameters)
+    lora_request = find_adapter(
+        serving.models, request.app.state.adapter_places, parameters, _bearer_token(request)
+    )
     prompt_token_ids = await _encode(serving, body)
     answer = GenerateAnswer(serving, body, prompt_token_ids, lora_request, received_time, stream)
     if stream:
@@ -130,9 +133,9 @@ async def _encode(serving: Serving, body: GenerateRequest) -> list[int]:
     return token_ids if truncate is None else token_ids[-truncate:]
 
 
-def _adapter(serving: Serving, parameters: GenerateParameters) -> LoRARequest | None:
-    """The adapter that a request wants; None for the base model. Raises ApiError."""
-    adapter_id = parameters.base_or_adapter_id
-    if adapter_id is None:
-        return None
-    return serving.models.resolve(adapter_id)
+def _bearer_token(request: Request) -> str | None:
+    """LoRAX's clients send a hub token so; on a server with API keys it is one of those."""
+    visit = current_visit.get()
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    is_key = visit is not None and visit.caller is not None
+    return token.strip() or None if kind.lower() == "bearer" and not is_key else None

@@ -41,7 +41,14 @@ class ModelRegistry:
             return self._adapters[name]
         if name in self._base_names:
             return None
-        raise ApiError(
+        raise self.not_found(name)
+
+    def find_adapter(self, name: str) -> LoRARequest | None:
+        """The adapter of this name; None if there is none."""
+        return self._adapters.get(name)
+
+    def not_found(self, name: str) -> ApiError:
+        return ApiError(
             404, f"the model {name!r} does not exist", param="model", code="model_not_found"
         )
 

@@ -101,7 +101,9 @@ class Serving:
         adapter = "" if lora_request is None else lora_request.lora_name
         visit = current_visit.get()
         if visit is not None:
-            visit.admit_adapter(adapter)
+            # Merged ones each.
+            parts = () if lora_request is None else lora_request.parts
+            visit.admit_adapters(part.lora_name for part in parts)
             if visit.caller is not None:
                 service = structs.replace(service, tenant=visit.caller.key.name)
         self.metrics.request_started(adapter)

@@ -253,7 +253,8 @@ def test_a_request_that_takes_too_long_fails():
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back():
     flags = ("--max-num-waiting", "2", "--max-num-seqs", "1")
-    with running_server("--core", "make_scheduled_core", *flags) as server:
+    server_flags = ("--core", "make_scheduled_core", *flags)
+    with running_server(*server_flags, FAKE_STEP_SECONDS="0.01") as server:
         answers: list[httpx.Response] = []
 
         def ask() -> None:

@@ -12,6 +12,7 @@ import httpx
 import lorax
 import pytest
 from lorax import errors
+from server_process import running_server
 
 
 @pytest.fixture
@@ -150,6 +151,12 @@ def test_errors_are_the_client_s_own(lorax_client):
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
         ({"no_such_field": 1}, "no_such_field"),
+        ({"adapter_id": "sql", "merged_adapters": {"ids": ["sql"], "weights": [1]}}, "adapter_id"),
+        ({"merged_adapters": {"ids": [], "weights": []}}, "ids"),
+        ({"merged_adapters": {"ids": ["sql", "poet"], "weights": [1]}}, "weights"),
+        ({"merged_adapters": {"ids": ["sql"], "weights": [1], "merge_strategy": "x"}}, "strategy"),
+        ({"merged_adapters": {"ids": ["sql"], "weights": [1], "merge_strategy": "ties"}},
+         "density"),
     ],
 )  # fmt: skip
 def test_what_is_not_allowed_is_a_422_that_names_it(server, parameters, word):
@@ -160,6 +167,41 @@ def test_what_is_not_allowed_is_a_422_that_names_it(server, parameters, word):
     assert body["error_type"] == "validation"
     assert body["error"].startswith("Input validation error: ")
     assert word in body["error"]
+
+
+def test_adapters_from_their_source(adapter_root):
+    flags = ("--allow-runtime-lora", str(adapter_root), "--lora-modules", f"x={adapter_root}/sql")
+    with running_server(*flags) as server:
+        client = lorax.Client(server.url, timeout=20)
+        path = str(adapter_root / "poet")
+        for source in (None, "local"):
+            response = post(server, "/generate", adapter_id=path, adapter_source=source)
+            assert response.json() == {"generated_text": "hello"}
+            assert response.headers["x-adapter-id"] == path
+            assert response.headers["x-adapter-source"] == "local"
+        assert client.generate("hello", adapter_id="x").generated_text == "hello"
+        merged = lorax.MergedAdapters(ids=["x", path], weights=[0.5, 0.5], density=0.5)
+        assert client.generate("hello", merged_adapters=merged).generated_text == "hello"
+        for adapter_id in ("/etc", f"{adapter_root}/../nowhere", f"{adapter_root}/nothing"):
+            with pytest.raises(errors.GenerationError, match="not allowed"):
+                client.generate("hello", adapter_id=adapter_id)
+        with pytest.raises(errors.GenerationError, match="--allow-runtime-lora"):
+            client.generate("hello", adapter_id="owner/name", adapter_source="hub")
+        with pytest.raises(errors.ValidationError, match="pbase"):
+            client.generate("hello", adapter_id="x", adapter_source="pbase")
+
+
+def test_a_key_is_for_each_of_the_merged_adapters(adapter_root, tmp_path):
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[keys]]\nname = "a"\nkey = "k"\nadapters = ["sql*"]\n')
+    modules = [f"{name}={adapter_root / name}" for name in ("sql", "poet")]
+    flags = ("--api-key-file", str(keys), "--lora-modules", *modules)
+    with running_server(*flags) as server:
+        client = lorax.Client(server.url, headers={"authorization": "Bearer k"})
+        assert client.generate("hello", adapter_id="sql").generated_text == "hello"
+        merged = lorax.MergedAdapters(ids=["sql", "poet"], weights=[1, 1], density=1)
+        with pytest.raises(errors.ShardNotReadyError, match="not for the adapter 'poet'"):
+            client.generate("hello", merged_adapters=merged)
 
 
 @pytest.mark.parametrize(
