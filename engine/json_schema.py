@@ -45,20 +45,17 @@ SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 SCHEMA_MAPS = ("$defs", "definitions", "patternProperties", "properties")
 
 
-def check_schema(schema: Any) -> None:
-    """Raises ValueError for a schema that outputs could not be made to keep to."""
+def check_schema(schema: Any, field: str) -> None:
+    """Raises ValueError, naming the field, for a schema that outputs can't be made to keep to."""
     waiting: list[tuple[str, Any, int]] = [("$", schema, 1)]
     while waiting:
         place, found, depth = waiting.pop()
         if depth > MAX_DEPTH:
-            raise ValueError(
-                "structured_outputs.json is not allowed: its schemas may be nested "
-                f"{MAX_DEPTH} deep"
-            )
+            raise ValueError(f"{field} is not allowed: its schemas may be nested {MAX_DEPTH} deep")
         if isinstance(found, dict):
             reason = _reason_against(found)
             if reason is not None:
-                raise ValueError(f"structured_outputs.json is not allowed: at {place}, {reason}")
+                raise ValueError(f"{field} is not allowed: at {place}, {reason}")
             waiting += [(f"{place}.{name}", inner, depth + 1) for name, inner in _inner(found)]
 
 

@@ -57,7 +57,7 @@ class StructuredOutputsParams:
         if len(self.text) > MAX_CHARACTERS:
             _refuse(given[0], f"{len(self.text)} characters", f"at most {MAX_CHARACTERS}")
         if given[0] == "json":
-            check_schema(json_module.loads(value))
+            check_schema(json_module.loads(value), "structured_outputs.json")
 
     @property
     def kind(self) -> str:
@@ -69,6 +69,23 @@ class StructuredOutputsParams:
         """The value of that field, as text."""
         value = getattr(self, self.kind)
         return value if isinstance(value, str) else json_module.dumps(value)
+
+    def as_format(self) -> dict[str, Any]:
+        """The same as a part of a structural tag."""
+        match self.kind:
+            case "json":
+                return {"type": "json_schema", "json_schema": json_module.loads(self.json)}
+            case "json_object":
+                return {"type": "json_schema", "json_schema": {"type": "object"}}
+            case "regex":
+                return {"type": "regex", "pattern": self.regex}
+            case "grammar":
+                return {"type": "grammar", "grammar": self.grammar}
+            case "choice":
+                values = [{"type": "const_string", "value": choice} for choice in self.choice or ()]
+                return {"type": "or", "elements": values}
+            case _:
+                return json_module.loads(self.structural_tag)["format"]
 
 
 KINDS = tuple(f.name for f in fields(StructuredOutputsParams) if f.name != "disable_any_whitespace")

@@ -16,6 +16,8 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eos_token_ids: list[int]
+    chat_template: str
+    """Its source, "" if there is none; of several, one after the other."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The text's token ids, with those that the model expects around it."""
@@ -49,6 +51,8 @@ class TransformersTokenizer:
         # Tokenizers written in Python have no backend.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self.vocab_size = len(tokenizer)
+        template = tokenizer.chat_template or ""
+        self.chat_template = template if isinstance(template, str) else "".join(template.values())
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eos_token_ids = sorted({*eos_token_ids, *own})
 

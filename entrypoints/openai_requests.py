@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from loraplex.engine.request import Service, describe
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.structured_outputs import StructuredOutputsParams
+from loraplex.entrypoints.openai_structure import ResponseFormat, StructuredOutputs
+from loraplex.entrypoints.openai_tools import NamedToolChoice, ToolCallOfMessage, ToolDefinition
+from loraplex.entrypoints.strict_model import StrictModel
 
 # Fields about bookkeeping on OpenAI's side. They change no token, so any value may come.
 IGNORED_FIELDS = frozenset(
@@ -40,11 +43,8 @@ NEUTRAL_CHAT_VALUES = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -52,36 +52,8 @@ NEUTRAL_MESSAGE_VALUES: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "reasoning": (),
-    "reasoning_content": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
-
-
-class StrictModel(BaseModel):
-    """A JSON object without unknown fields, whose values have the very types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    ignored_fields: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_what_asks_for_nothing(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, values in cls.neutral_values.items():
-            value = data.get(name)
-            if value is not None and value not in values:
-                raise PydanticCustomError(
-                    "unsupported",
-                    "{field}={value} is not supported",
-                    {"field": name, "value": describe(value)},
-                )
-        dropped = cls.ignored_fields | cls.neutral_values.keys()
-        return {name: value for name, value in data.items() if name not in dropped}
 
 
 class StreamOptions(StrictModel):
@@ -109,62 +81,6 @@ def token_id_keys(value: Any) -> Any:
         if not (isinstance(key, str) and key.isdecimal()):
             raise ValueError(f"the key {key!r} must be a token id")
     return {int(key): bias for key, bias in value.items()}
-
-
-class JsonSchemaFormat(StrictModel):
-    name: str
-    description: str | None = None
-    """For people; the model gets to see none of this."""
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    """Any object, if it is left out."""
-    strict: bool | None = None
-    """Outputs keep to the schema either way."""
-
-
-class ResponseFormat(StrictModel):
-    """OpenAI's way to say what a text must look like."""
-
-    type: Literal["text", "json_object", "json_schema", "structural_tag"]
-    json_schema: JsonSchemaFormat | None = None
-    format: dict[str, Any] | None = None
-    """Of a structural tag."""
-
-    @model_validator(mode="after")
-    def check_parts(self) -> ResponseFormat:
-        for name, of_type in (("json_schema", "json_schema"), ("format", "structural_tag")):
-            if (getattr(self, name) is not None) != (self.type == of_type):
-                raise ValueError(f"{name} must be given with type={of_type!r}, and only with it")
-        return self
-
-    def structured_outputs(self) -> StructuredOutputsParams | None:
-        """Raises ValueError for a schema that is not allowed."""
-        if self.type == "json_object":
-            return StructuredOutputsParams(json_object=True)
-        if self.json_schema is not None:
-            schema = self.json_schema.schema_
-            if schema is None:
-                return StructuredOutputsParams(json_object=True)
-            return StructuredOutputsParams(json=schema)
-        if self.format is not None:
-            tag = {"type": "structural_tag", "format": self.format}
-            return StructuredOutputsParams(structural_tag=tag)
-        return None
-
-
-class StructuredOutputs(StrictModel):
-    """vLLM's way to say it; see StructuredOutputsParams."""
-
-    json_: Any = Field(default=None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    structural_tag: Any = None
-    disable_any_whitespace: bool = False
-
-    def params(self) -> StructuredOutputsParams:
-        """Raises ValueError for what is not allowed."""
-        return StructuredOutputsParams(**self.model_dump(by_alias=True))
 
 
 class GenerationRequest(StrictModel):
@@ -311,15 +227,34 @@ def join_text_parts(value: Any) -> Any:
 class ChatMessage(StrictModel):
     neutral_values = NEUTRAL_MESSAGE_VALUES
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(join_text_parts)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(join_text_parts)] = None
     name: str | None = None
+    tool_calls: list[ToolCallOfMessage] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    """Another name of the same."""
+
+    @model_validator(mode="after")
+    def check_role(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls is only allowed with role='assistant'")
+        return self
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates know messages: they have not heard of developers."""
-        role = "system" if self.role == "developer" else self.role
-        name = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": self.content, **name}
+        message = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content or "",
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.for_template() for call in self.tool_calls or []] or None,
+            "reasoning_content": self.reasoning or self.reasoning_content,
+        }
+        return {name: value for name, value in message.items() if value is not None}
 
 
 # What the tokenizer's own chat method takes, which is not the template's.
@@ -355,6 +290,10 @@ class ChatCompletionRequest(GenerationRequest):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     add_generation_prompt: bool = True
+    tools: list[ToolDefinition] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -364,6 +303,41 @@ class ChatCompletionRequest(GenerationRequest):
         if reserved := RESERVED_TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
             raise ValueError(f"chat_template_kwargs must not have {', '.join(sorted(reserved))}")
         return self
+
+    @model_validator(mode="after")
+    def check_tools(self) -> ChatCompletionRequest:
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            raise ValueError("tools must have different names")
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise ValueError("tool_choice is only allowed with tools")
+        named = self.tool_choice
+        if isinstance(named, NamedToolChoice) and named.function.name not in names:
+            raise ValueError(f"tool_choice={named.function.name!r} must be one of {names}")
+        if self.forced_tools and self._structure() is not None:
+            raise ValueError(
+                "tool_choice is not allowed together with response_format or structured_outputs"
+            )
+        return self
+
+    @property
+    def offered_tools(self) -> list[ToolDefinition]:
+        """Those that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def forced_tools(self) -> list[ToolDefinition]:
+        """Those of which the model must call one; none if it need not."""
+        if isinstance(self.tool_choice, NamedToolChoice):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools or [] if tool.function.name == name]
+        return self.offered_tools if self.tool_choice == "required" else []
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether several tools may be called at once, where one must be."""
+        is_named = isinstance(self.tool_choice, NamedToolChoice)
+        return self.parallel_tool_calls is not False and not is_named
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """`defaults` are the model's own. Raises ValueError for a value that is not allowed."""

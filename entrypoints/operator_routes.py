@@ -14,9 +14,9 @@ from loraplex.engine.core_client import EngineDeadError
 from loraplex.entrypoints.adapter_places import AdapterPlaces
 from loraplex.entrypoints.errors import ApiError
 from loraplex.entrypoints.model_registry import adapter_request
-from loraplex.entrypoints.openai_requests import StrictModel
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import json_response
+from loraplex.entrypoints.strict_model import StrictModel
 
 router = APIRouter()
 

@@ -65,7 +65,14 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
             )
             metrics = ServerMetrics()
             supervisor = Supervisor(engine, metrics.engine_restarts)
-            serving = Serving(engine, models, metrics, config.limits)
+            serving = Serving(
+                engine,
+                models,
+                metrics,
+                config.limits,
+                config.tool_call_parser,
+                config.reasoning_parser,
+            )
             app = build_app(serving, config, keys)
             await _serve_http(app, listener, engine, supervisor, signals, config.shutdown_grace)
         finally:

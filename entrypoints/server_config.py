@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from loraplex.entrypoints.adapter_places import AdapterPlaces
 from loraplex.entrypoints.limits import Limits
+from loraplex.entrypoints.reasoning_formats import REASONING_FORMATS
+from loraplex.entrypoints.tool_formats import TOOL_FORMATS
 from loraplex.lora.options import option
 
 API_KEY_VARIABLE = "LORAPLEX_API_KEY"
@@ -64,6 +66,16 @@ class ServerConfig:
             "metavar": "PLACE",
         },
     )
+    tool_call_parser: str = option(
+        "auto",
+        "How the model writes calls of tools: hermes (Qwen, too), llama3_json, mistral, or auto, "
+        "which looks at the chat template.",
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "How the model sets its reasoning apart: think (<think> tags), mistral ([THINK] tags), "
+        "none (its reasoning stays in the content), or auto, which looks at the chat template.",
+    )
     shutdown_grace: float = option(
         30.0, "Seconds that running requests are given after SIGTERM or SIGINT."
     )
@@ -82,6 +94,10 @@ class ServerConfig:
             ("request_timeout", 0 < (self.request_timeout or 1) < math.inf, "above 0"),
             ("client_timeout", 0 < self.client_timeout < 1e6, "above 0 and below a million"),
             ("shutdown_grace", 0 <= self.shutdown_grace < math.inf, "0 or more seconds"),
+            ("tool_call_parser", self.tool_call_parser in ("auto", *TOOL_FORMATS),
+             f"auto or one of {', '.join(TOOL_FORMATS)}"),
+            ("reasoning_parser", self.reasoning_parser in ("auto", "none", *REASONING_FORMATS),
+             f"auto, none or one of {', '.join(REASONING_FORMATS)}"),
             ("log_level", self.log_level in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}"),
         ]  # fmt: skip
         for name, is_allowed, allowed in checks:

@@ -33,6 +33,8 @@ class Serving:
     models: ModelRegistry
     metrics: ServerMetrics
     limits: Limits = field(default_factory=Limits)
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -65,7 +67,7 @@ class Serving:
         encode = partial(
             self.tokenizer.apply_chat_template, messages, add_generation_prompt, **options
         )
-        return await call_for_text(encode, sum(len(message["content"]) for message in messages))
+        return await call_for_text(encode, len(repr((messages, options))))
 
     def check_max_tokens(
         self, num_prompt_tokens: int, max_tokens: int | None, field: str = "max_tokens"

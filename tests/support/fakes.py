@@ -24,6 +24,7 @@ class ByteTokenizer:
 
     def __init__(self) -> None:
         self.vocab_size = 259
+        self.chat_template = "{{ tools }} <tool_call> <think> </think>"
         self.eos_token_ids = [EOS]
         self.num_decoded_tokens = 0
 
@@ -54,11 +55,14 @@ class ByteTokenizer:
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> list[int]:
         prefix = kwargs.pop("system", "")
+        prefix += "".join(f"{t['function']['name']}, " for t in kwargs.pop("tools", []))
         if kwargs:
             raise ValueError(f"the template knows no {sorted(kwargs)}")
         token_ids = [BOS, *prefix.encode()]
         for message in messages:
-            token_ids += [TURN, *f"{message['role']}: {message['content']}".encode()]
+            calls = [call["function"] for call in message.get("tool_calls", [])]
+            content = message["content"] + "".join(f"{c['name']} {c['arguments']}" for c in calls)
+            token_ids += [TURN, *f"{message['role']}: {content}".encode()]
         return token_ids + [TURN, *b"assistant: "] * add_generation_prompt
 
 
