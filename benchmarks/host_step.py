@@ -44,6 +44,9 @@ class NullStore:
     def drop(self, version):
         pass
 
+    def stats(self):
+        return {}
+
     def copy_to_pages(self, version, pages, after_steps, before_steps):
         from concurrent.futures import Future
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -147,6 +148,9 @@ class SimulatedStore:
 
     def drop(self, version: bytes) -> None:
         pass
+
+    def stats(self) -> dict[str, Any]:
+        return {}
 
     def copy_to_pages(
         self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool

@@ -18,7 +18,7 @@ import enum
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ from loraplex.engine.page_pool import PagePool, PageState
 from loraplex.engine.request import LoRARequest, Request, RequestStatus
 from loraplex.lora.recipe import Merge
 from loraplex.lora.spec import AdapterTraits
+
+Tier = Literal["host", "pool"]
 
 
 class Identity(NamedTuple):
@@ -39,6 +41,11 @@ class Identity(NamedTuple):
     @property
     def has_token(self) -> bool:
         return any(token is not None for _, token in self.references)
+
+    @property
+    def paths(self) -> set[str]:
+        """The references without their tokens."""
+        return {path for path, _ in self.references}
 
 
 class AdapterFiles(Protocol):
@@ -57,9 +64,9 @@ class AdapterStore(Protocol):
     def identify(self, lora_request: LoRARequest) -> Identity:
         """What a request asks for. Raises ValueError for a reference that is none."""
 
-    def fetch(self, lora_request: LoRARequest) -> Future[AdapterFiles]:
+    def fetch(self, lora_request: LoRARequest, refresh: bool = False) -> Future[AdapterFiles]:
         """Begin to bring the current version to this machine; ValueError in the future, if it can't
-        be had, or not with this token."""
+        be had, or not with this token. refresh: no answer counts that was asked for before."""
 
     def num_pages(self, files: AdapterFiles) -> int | None:
         """Pages of the image once it is in host memory; None while it is being read.
@@ -83,6 +90,19 @@ class AdapterStore(Protocol):
     def drop(self, version: bytes) -> None:
         """Forget the image."""
 
+    def pin(self, version: bytes) -> None:
+        """Never drop the image, which is in host memory, until `unpin`. Raises ValueError if there
+        is no room for it."""
+
+    def unpin(self, version: bytes) -> None:
+        """It may be dropped again, if it is there."""
+
+    def stats(self) -> dict[str, Any]:
+        """Of host memory, disk and sources, under the names that users see."""
+
+    def delete(self, files: AdapterFiles) -> None:
+        """Remove what was downloaded for it from the disk, when nobody reads it."""
+
 
 class Residency(enum.Enum):
     ABSENT = enum.auto()
@@ -98,11 +118,13 @@ class Adapter:
         "files",
         "identities",
         "lora_request",
+        "num_holds",
         "num_requests",
         "num_users",
         "num_uses",
         "page_table",
         "pages",
+        "pinned_tier",
         "residency",
         "sort_key",
         "traits",
@@ -124,11 +146,25 @@ class Adapter:
         """By which new requests get it, as the resolver knows."""
         self.num_requests = 0
         """Unfinished requests for it."""
+        self.num_holds = 0
+        """Operations that want it to stay while they go on."""
+        self.pinned_tier: Tier | None = None
+        """Where it is never evicted from."""
         self.num_users = 0
         """Those of them that run."""
         self.num_uses = 0
         """Requests that used it so far."""
         self.copy: Future[None] | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a request has it, or may still get it."""
+        return bool(self.num_requests or self.num_holds or self.identities or self.pinned_tier)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether its pages, if it has any, must stay."""
+        return self.num_users > 0 or self.pinned_tier == "pool"
 
 
 class AdapterManager:
@@ -160,6 +196,7 @@ class AdapterManager:
         self._copying: list[Adapter] = []
         self.num_loads = 0
         self.num_evictions = 0
+        self.num_pinned_pages = 0
 
     def adopt(self, lora_request: LoRARequest, files: AdapterFiles) -> Adapter:
         """The adapter of these files, which it may not have yet, or have had before."""
@@ -194,8 +231,7 @@ class AdapterManager:
 
     def unload_unused(self, adapter: Adapter) -> None:
         """Free all that a version takes, if no request has it and none can get it any more."""
-        is_wanted = adapter.num_requests > 0 or bool(adapter.identities)
-        if is_wanted or adapter.residency is Residency.COPYING:
+        if adapter.is_wanted or adapter.residency is Residency.COPYING:
             return
         if adapter.residency is Residency.RESIDENT:
             self._pool.take_back(adapter)
@@ -259,9 +295,7 @@ class AdapterManager:
     def acquire(self, adapter: Adapter) -> None:
         """Count one more running request that uses a resident adapter."""
         assert adapter.residency is Residency.RESIDENT
-        if adapter.num_users == 0:
-            self._pool.take_back(adapter)
-            self._pool.set_state(adapter.pages, PageState.ADAPTER)
+        self._take_back(adapter)
         adapter.num_users += 1
 
     def release(self, adapter: Adapter) -> None:
@@ -269,8 +303,36 @@ class AdapterManager:
         adapter.num_users -= 1
         adapter.num_uses += 1
         policy.record_use(self._kind, adapter.num_uses, len(adapter.pages))
-        if adapter.num_users == 0:
+        if not adapter.is_in_use:
             self._lend(adapter, policy.rank(self._kind, adapter.num_uses))
+
+    def pin(self, adapter: Adapter, tier: Tier) -> None:
+        """Never evict it from where it is. Raises ValueError if host memory has no room for it."""
+        if adapter.pinned_tier == tier:
+            return
+        if tier == "host":
+            self._store.pin(adapter.version)
+        else:
+            self._take_back(adapter)
+        self.unpin(adapter)
+        adapter.pinned_tier = tier
+        self.num_pinned_pages += len(adapter.pages) if tier == "pool" else 0
+
+    def unpin(self, adapter: Adapter) -> None:
+        """It may be evicted again."""
+        tier, adapter.pinned_tier = adapter.pinned_tier, None
+        if tier == "host":
+            self._store.unpin(adapter.version)
+        elif tier == "pool":
+            self.num_pinned_pages -= len(adapter.pages)
+            if not adapter.is_in_use:
+                self._lend(adapter, self._pool.policy.rank_awaited())
+
+    def _take_back(self, adapter: Adapter) -> None:
+        """Its pages are in use from now on."""
+        if not adapter.is_in_use:
+            self._pool.take_back(adapter)
+            self._pool.set_state(adapter.pages, PageState.ADAPTER)
 
     def _lend(self, adapter: Adapter, rank: float) -> None:
         self._pool.lend(adapter, rank, self._lender)
@@ -298,14 +360,16 @@ class AdapterManager:
             assert adapter.version == version
             assert adapter.num_users == num_users[adapter], adapter.lora_request
             assert adapter.num_requests == num_requests[adapter], adapter.lora_request
-            is_wanted = adapter.num_requests > 0 or bool(adapter.identities)
-            assert is_wanted or adapter.residency is Residency.COPYING, adapter.lora_request
+            is_copying = adapter.residency is Residency.COPYING
+            assert adapter.is_wanted or is_copying, adapter.lora_request
             assert (adapter.residency is Residency.ABSENT) == (not adapter.pages)
             assert owned.isdisjoint(adapter.pages)
             owned.update(adapter.pages)
-            is_idle = adapter.residency is Residency.RESIDENT and adapter.num_users == 0
+            is_idle = adapter.residency is Residency.RESIDENT and not adapter.is_in_use
             assert is_idle == self._pool.is_lent(adapter)
             expected = PageState.ADAPTER_IDLE if is_idle else PageState.ADAPTER
             assert all(self._pool.state(page) is expected for page in adapter.pages)
+        pinned = [a for a in self._adapters.values() if a.pinned_tier == "pool"]
+        assert self.num_pinned_pages == sum(len(a.pages) for a in pinned)
         states = PageState.ADAPTER, PageState.ADAPTER_IDLE
         assert len(owned) == sum(self._pool.count(state) for state in states)

@@ -2,7 +2,7 @@
 
 A reference and a token are asked for once however many requests want them. The answer is
 remembered: without a token until it is refreshed, with one for as long as an authorisation may be.
-Nothing here waits: a request whose answer is not known yet gets it from `take_answers`.
+Nothing here waits: who has to wait for an answer is told by `deliver`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -21,10 +21,14 @@ from loraplex.engine.adapter_manager import (
     AdapterStore,
     Identity,
 )
-from loraplex.engine.request import LoRARequest, Request
+from loraplex.engine.request import LoRARequest
 
 # Answers beyond this many are forgotten, those first that nobody has used for longest.
 MAX_NUM_ANSWERS = 65_536
+
+
+Outcome = Adapter | ValueError
+Tell = Callable[[Outcome], None]
 
 
 @dataclass(slots=True)
@@ -34,12 +38,12 @@ class _Answer:
 
 
 @dataclass(slots=True, eq=False)
-class Question:
-    """A reference that a source is asked for, and the requests that wait for the answer."""
+class _Question:
+    """What a source is asked for, and who waits for the answer."""
 
     identity: Identity
     lora_request: LoRARequest
-    waiting: dict[Request, None] = field(default_factory=dict)
+    waiting: dict[Hashable, Tell] = field(default_factory=dict)
 
 
 class AdapterResolver:
@@ -55,7 +59,7 @@ class AdapterResolver:
     ) -> None:
         """authorization_seconds: how long it is remembered that a token may read an adapter.
 
-        on_answer is called, by any thread, when `take_answers` has something to give.
+        on_answer is called, by any thread, when `deliver` has something to tell.
         """
         self._store = store
         self._adapters = adapters
@@ -63,48 +67,79 @@ class AdapterResolver:
         self._on_answer = on_answer
         self._clock = clock
         self._answers: OrderedDict[Identity, _Answer] = OrderedDict()
-        self._questions: dict[Identity, Question] = {}
-        self._arrived: deque[tuple[Question, Future[AdapterFiles]]] = deque()
+        self._questions: dict[Identity, _Question] = {}
+        self._question_of: dict[Hashable, _Question] = {}
+        self._arrived: deque[tuple[_Question, Future[AdapterFiles]]] = deque()
 
-    def resolve(self, request: Request) -> Adapter | None:
-        """The adapter of a request; None if it has to wait for it.
+    def resolve(self, lora_request: LoRARequest, waiter: Hashable, tell: Tell) -> Adapter | None:
+        """The adapter; None if it has to be asked for: then `deliver` will tell.
 
         Raises ValueError for a reference that is none.
         """
-        lora_request = request.wire.lora_request
-        assert lora_request is not None
         identity = self._store.identify(lora_request)
-        answer = self._answers.get(identity)
-        if answer is not None and self._clock() < answer.valid_until:
+        adapter = self.current(identity)
+        if adapter is not None:
             self._answers.move_to_end(identity)
-            return answer.adapter
+            return adapter
         question = self._questions.get(identity)
         if question is None:
-            question = self._questions[identity] = Question(identity, lora_request)
+            question = self._questions[identity] = _Question(identity, lora_request)
             self._ask(question)
-        question.waiting[request] = None
-        request.question = question
+        question.waiting[waiter] = tell
+        self._question_of[waiter] = question
         return None
 
-    def leave(self, request: Request) -> None:
-        """A request waits no longer; its question goes on, as its answer may be of use."""
-        assert request.question is not None
-        del request.question.waiting[request]
-        request.question = None
+    def current(self, identity: Identity) -> Adapter | None:
+        """The adapter that new requests get, if that is known."""
+        answer = self._answers.get(identity)
+        is_valid = answer is not None and self._clock() < answer.valid_until
+        return answer.adapter if answer is not None and is_valid else None
 
-    def take_answers(self) -> Iterator[tuple[Request, Adapter | ValueError]]:
-        """What has come since the last call, for each request that waited for it."""
+    def leave(self, waiter: Hashable) -> None:
+        """It waits no longer; its question goes on, as the answer may be of use."""
+        del self._question_of.pop(waiter).waiting[waiter]
+
+    def deliver(self) -> None:
+        """Tell what has come since the last call to those who waited for it."""
         while self._arrived:
             question, fetched = self._arrived.popleft()
-            del self._questions[question.identity]
-            outcome: Adapter | ValueError
+            outcome: Outcome
             try:
-                outcome = self._accept(question, fetched.result())
+                files = fetched.result()
             except ValueError as error:
                 outcome = error
-            for request in question.waiting:
-                request.question = None
-                yield request, outcome
+            else:
+                outcome = self._adapters.adopt(question.lora_request, files)
+                if not question.waiting:
+                    files.close()
+            if self._questions.get(question.identity) is question:
+                del self._questions[question.identity]
+                if isinstance(outcome, Adapter):
+                    self.replace(question.identity, outcome)
+            for waiter, tell in question.waiting.items():
+                del self._question_of[waiter]
+                tell(outcome)
+            if isinstance(outcome, Adapter):
+                self._adapters.unload_unused(outcome)
+
+    def replace(self, identity: Identity, adapter: Adapter) -> None:
+        """New requests get this adapter from now on, whatever has been asked for before."""
+        self._questions.pop(identity, None)
+        old = self._answers.pop(identity, None)
+        adapter.identities.add(identity)
+        seconds = self._authorization_seconds if identity.has_token else math.inf
+        self._answers[identity] = _Answer(adapter, self._clock() + seconds)
+        if old is not None and old.adapter is not adapter:
+            self._drop(identity, old.adapter)
+        if len(self._answers) > MAX_NUM_ANSWERS:
+            oldest, answer = self._answers.popitem(last=False)
+            self._drop(oldest, answer.adapter)
+
+    def expire(self, identity: Identity) -> None:
+        """All others that read the same, with whatever token, ask again."""
+        for other, answer in self._answers.items():
+            if other != identity and other.paths & identity.paths:
+                answer.valid_until = -math.inf
 
     def forget(self, adapter: Adapter) -> None:
         """It can't be served: who asks next gets what the source has then."""
@@ -112,34 +147,31 @@ class AdapterResolver:
             del self._answers[identity]
         adapter.identities.clear()
 
+    def forget_all(self, identity: Identity) -> list[Adapter]:
+        """Forget everything that reads the same, with whatever token. Gives the adapters, which are
+        not unloaded yet."""
+        adapters = []
+        for other in [other for other in self._answers if other.paths & identity.paths]:
+            adapter = self._answers.pop(other).adapter
+            adapter.identities.discard(other)
+            if not adapter.identities:
+                adapters.append(adapter)
+        return adapters
+
     def check_integrity(self) -> None:
         """Answers and adapters know each other."""
         for identity, answer in self._answers.items():
             assert identity in answer.adapter.identities
         assert len(self._answers) == sum(len(a.identities) for a in self._adapters)
+        assert all(w in question.waiting for w, question in self._question_of.items())
 
-    def _ask(self, question: Question) -> None:
+    def _ask(self, question: _Question) -> None:
         def note(fetched: Future[AdapterFiles]) -> None:
             self._arrived.append((question, fetched))
             self._on_answer()
 
         self._store.fetch(question.lora_request).add_done_callback(note)
 
-    def _accept(self, question: Question, files: AdapterFiles) -> Adapter:
-        identity = question.identity
-        adapter = self._adapters.adopt(question.lora_request, files)
-        if not question.waiting:
-            files.close()
-        self._drop_answer(identity, unless_of=adapter)
-        adapter.identities.add(identity)
-        seconds = self._authorization_seconds if identity.has_token else math.inf
-        self._answers[identity] = _Answer(adapter, self._clock() + seconds)
-        if len(self._answers) > MAX_NUM_ANSWERS:
-            self._drop_answer(next(iter(self._answers)))
-        return adapter
-
-    def _drop_answer(self, identity: Identity, unless_of: Adapter | None = None) -> None:
-        answer = self._answers.pop(identity, None)
-        if answer is not None and answer.adapter is not unless_of:
-            answer.adapter.identities.remove(identity)
-            self._adapters.unload_unused(answer.adapter)
+    def _drop(self, identity: Identity, adapter: Adapter) -> None:
+        adapter.identities.remove(identity)
+        self._adapters.unload_unused(adapter)

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loraplex.engine.adapter_manager import Tier
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_client import CoreClient, EngineDeadError
 from loraplex.engine.input_processor import InputProcessor, Prompt, prompt_text
@@ -148,6 +149,42 @@ class AsyncEngine:
         """Page counts by state, and counters, as the core has them. Raises EngineDeadError."""
         await self.check_health()
         return await self._client.call("stats")
+
+    async def adapters(self) -> list[dict[str, Any]]:
+        """The state of each adapter that the engine knows. Raises EngineDeadError."""
+        await self.check_health()
+        return await self._client.call("adapters")
+
+    async def preload_adapter(
+        self, lora_request: LoRARequest, tier: Tier = "pool", pin: bool = False
+    ) -> dict[str, Any]:
+        """Bring an adapter into host memory, or into the pool; pin: it is never evicted from there.
+
+        Gives its state. Raises RequestError, EngineDeadError, as all that follow.
+        """
+        return await self._manage("preload_adapter", lora_request, tier=tier, pin=pin)
+
+    async def unpin_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
+        """Let an adapter be evicted again."""
+        return await self._manage("unpin_adapter", lora_request)
+
+    async def refresh_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
+        """Ask an adapter's source for its current version: new requests get that, and those that
+        run go on with theirs. `changed` says whether there is a new one."""
+        return await self._manage("refresh_adapter", lora_request)
+
+    async def unload_adapter(
+        self, lora_request: LoRARequest, abort: bool = False, delete_files: bool = False
+    ) -> dict[str, Any]:
+        """Free all that an adapter takes, when the last of `num_requests` that have it has ended;
+        abort: end them now. delete_files: also remove what was downloaded."""
+        return await self._manage(
+            "unload_adapter", lora_request, abort=abort, delete_files=delete_files
+        )
+
+    async def _manage(self, method: str, lora_request: LoRARequest, **options: Any) -> Any:
+        await self.check_health()
+        return await self._client.call(method, lora_request, **options)
 
     async def check_health(self) -> None:
         """Raises EngineDeadError if the engine can't serve."""

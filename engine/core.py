@@ -10,19 +10,29 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from itertools import islice
 from typing import Any, Protocol
 
-from loraplex.engine.adapter_manager import AdapterManager, AdapterStore
+from loraplex.engine.adapter_lifecycle import AdapterLifecycle, describe
+from loraplex.engine.adapter_manager import AdapterManager, AdapterStore, Tier
 from loraplex.engine.adapter_resolver import AdapterResolver
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.eviction import POLICIES, EvictionPolicy
+from loraplex.engine.fitting import Fitting
 from loraplex.engine.grammar import GrammarCompiler
 from loraplex.engine.input_batch import InputBatch
 from loraplex.engine.isolation import Isolation
 from loraplex.engine.kv_manager import KVManager
 from loraplex.engine.page_pool import PagePool, PageState
-from loraplex.engine.request import EngineOutput, EngineRequest, ModelInfo, Request, RequestError
+from loraplex.engine.request import (
+    EngineOutput,
+    EngineRequest,
+    LoRARequest,
+    ModelInfo,
+    Request,
+    RequestError,
+)
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.step import PendingStep, StepBatch, StepPlan, StepResult
 
@@ -121,7 +131,17 @@ class EngineCore:
         self._grammars = GrammarCompiler(
             self.model_info.tokenizer_path, self.model_info.vocab_size, self._wake.set
         )
-        self._scheduler = Scheduler(config, self._pool, self._kv, self._adapters, resolver)
+        fitting = Fitting(self._pool, self._kv, self._adapters, self.model_info.max_model_len)
+        self._lifecycle = AdapterLifecycle(
+            self._device.adapter_store,
+            self._adapters,
+            resolver,
+            fitting,
+            on_fetched=self._wake.set,
+        )
+        self._scheduler = Scheduler(
+            config, self._pool, self._kv, self._adapters, resolver, self._lifecycle, fitting
+        )
         self._input_batch = InputBatch(
             config.max_num_seqs, self.model_info.max_model_len, config.block_size
         )
@@ -195,6 +215,39 @@ class EngineCore:
         for request_id in request_ids:
             self._scheduler.abort(request_id)
 
+    def preload_adapter(
+        self, lora_request: LoRARequest, tier: Tier = "pool", pin: bool = False
+    ) -> Future[dict[str, Any]]:
+        """Bring an adapter into host memory, or into the pool, which takes some steps; pin: it is
+        never evicted from there. The future may have a ValueError."""
+        return self._lifecycle.preload(lora_request, tier, pin)
+
+    def unpin_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
+        """Let an adapter be evicted again. Raises RequestError."""
+        return self._lifecycle.unpin(lora_request)
+
+    def refresh_adapter(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
+        """Have new requests get the version that the source has now, when it has been read, which
+        takes some steps. The future may have a ValueError."""
+        return self._lifecycle.refresh(lora_request)
+
+    def unload_adapter(
+        self, lora_request: LoRARequest, abort: bool = False, delete_files: bool = False
+    ) -> dict[str, Any]:
+        """Free all that an adapter takes when the last request that has it ends; abort: now.
+
+        delete_files: also what was downloaded.
+        """
+        in_use = self._lifecycle.unload(lora_request, delete_files)
+        num_requests = sum(adapter.num_requests for adapter in in_use)
+        for adapter in in_use if abort else ():
+            self._scheduler.end_all_of(adapter)
+        return {"num_requests": num_requests}
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """The state of each adapter that the engine knows."""
+        return [describe(adapter) for adapter in self._adapters]
+
     def has_unfinished_requests(self) -> bool:
         """Whether there is anything to step for."""
         return self._scheduler.has_unfinished_requests() or bool(self._in_flight)
@@ -222,6 +275,7 @@ class EngineCore:
             "preemptions": self._scheduler.num_preemptions,
             "adapter_loads": self._adapters.num_loads,
             "adapter_evictions": self._adapters.num_evictions,
+            **self._device.adapter_store.stats(),
             "prefix_hit_tokens": self._scheduler.num_prefix_hit_tokens,
             "prompt_tokens": self._scheduler.num_prompt_tokens,
             "output_tokens": self._scheduler.num_output_tokens,

@@ -33,7 +33,13 @@ from loraplex.engine.core_process import (
     Shutdown,
     run_core,
 )
-from loraplex.engine.request import EngineOutput, EngineRequest, ModelInfo
+from loraplex.engine.request import (
+    EngineOutput,
+    EngineRequest,
+    LoRARequest,
+    ModelInfo,
+    RequestError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +104,15 @@ class CoreClient:
     def abort_requests(self, request_ids: list[str]) -> None:
         self._send(AbortRequests(request_ids))
 
-    async def call(self, method: str) -> Any:
-        """The result of one of core_process.CALLABLE_METHODS."""
+    async def call(
+        self, method: str, lora_request: LoRARequest | None = None, **options: Any
+    ) -> Any:
+        """The result of one of core_process.CALLABLE_METHODS. Raises RequestError for what can't be
+        done."""
         call_id = next(self._call_ids)
         result = self._calls[call_id] = asyncio.get_running_loop().create_future()
         try:
-            self._send(Call(call_id, method))
+            self._send(Call(call_id, method, lora_request, options))
             return await result
         finally:
             del self._calls[call_id]
@@ -195,6 +204,8 @@ class CoreClient:
             return
         if message.error is None:
             result.set_result(message.value)
+        elif message.error_status is not None:
+            result.set_exception(RequestError(message.error, message.error_status))
         else:
             result.set_exception(RuntimeError(message.error))
 

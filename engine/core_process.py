@@ -15,6 +15,7 @@ import shutil
 import signal
 import threading
 import traceback
+from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.request import (
     EngineOutput,
     EngineRequest,
+    LoRARequest,
     ModelInfo,
     RequestError,
     refusal,
@@ -56,6 +58,9 @@ class Call(msgspec.Struct, tag="call"):
 
     call_id: int
     method: str
+    lora_request: LoRARequest | None = None
+    """The method's first argument, if it takes one."""
+    options: dict[str, Any] = {}
 
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
@@ -76,6 +81,8 @@ class CallResult(msgspec.Struct, tag="result"):
     call_id: int
     value: Any = None
     error: str | None = None
+    error_status: int | None = None
+    """None: the core broke; else the HTTP status that fits what was asked for."""
 
 
 class CoreFailed(msgspec.Struct, tag="failed"):
@@ -89,7 +96,10 @@ class CoreFailed(msgspec.Struct, tag="failed"):
 InputMessage = AddRequest | AbortRequests | Call | Shutdown
 OutputMessage = Ready | Outputs | CallResult | CoreFailed
 
-CALLABLE_METHODS = ("stats", "check_integrity")
+CALLABLE_METHODS = (
+    "stats", "check_integrity", "adapters", "preload_adapter", "unpin_adapter", "refresh_adapter",
+    "unload_adapter",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,7 @@ def serve_core(core: EngineCore, channel: CoreChannel) -> None:
             elif isinstance(message, AbortRequests):
                 core.abort_requests(message.request_ids)
             else:
-                channel.send(_call(core, message))
+                _call(core, message, channel)
             may_wait = False
         outputs = refused + core.step()
         if outputs:
@@ -224,10 +234,30 @@ def _add(core: EngineCore, request: EngineRequest) -> list[EngineOutput]:
     return []
 
 
-def _call(core: EngineCore, call: Call) -> CallResult:
-    if call.method not in CALLABLE_METHODS:
-        return CallResult(call.call_id, error=f"{call.method!r} is none of {CALLABLE_METHODS}")
+def _call(core: EngineCore, call: Call, channel: CoreChannel) -> None:
+    """Send the result, now or when a later step gives it."""
+
+    def send(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            result = CallResult(call.call_id, value=done.result())
+        elif isinstance(error, ValueError):
+            status = getattr(error, "status", 400)
+            result = CallResult(call.call_id, error=str(error), error_status=status)
+        else:
+            text = "".join(traceback.format_exception(error))
+            result = CallResult(call.call_id, error=text)
+        channel.send(result)
+
+    done: Future[Any] = Future()
     try:
-        return CallResult(call.call_id, value=getattr(core, call.method)())
-    except Exception:
-        return CallResult(call.call_id, error=traceback.format_exc())
+        assert call.method in CALLABLE_METHODS, call.method
+        arguments = () if call.lora_request is None else (call.lora_request,)
+        value = getattr(core, call.method)(*arguments, **call.options)
+        if isinstance(value, Future):
+            done = value
+        else:
+            done.set_result(value)
+    except Exception as error:
+        done.set_exception(error)
+    done.add_done_callback(send)

@@ -7,12 +7,14 @@ import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self, SupportsIndex
 
 from tqdm import tqdm
 
+from loraplex.engine.adapter_manager import Tier
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
 from loraplex.engine.input_processor import InputProcessor, Prompt, prompt_text
@@ -148,6 +150,32 @@ class LLM:
         """Page counts by state, numbers of requests, and counters since the start."""
         return self._core.stats()
 
+    def adapters(self) -> list[dict[str, Any]]:
+        """The state of each adapter that the engine knows."""
+        return self._core.adapters()
+
+    def preload_adapter(
+        self, lora_request: LoRARequest, tier: Tier = "pool", pin: bool = False
+    ) -> dict[str, Any]:
+        """Bring an adapter into host memory, or into the pool; pin: it is never evicted from there.
+
+        Gives its state. Raises ValueError if it can't be served or does not fit.
+        """
+        return self._wait_for(self._core.preload_adapter(lora_request, tier, pin))
+
+    def unpin_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
+        """Let an adapter be evicted again. Raises ValueError if it is not pinned."""
+        return self._core.unpin_adapter(lora_request)
+
+    def refresh_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
+        """Ask an adapter's source for its current version, which requests get from now on;
+        `changed` says whether there is a new one. Raises ValueError if it can't be served."""
+        return self._wait_for(self._core.refresh_adapter(lora_request))
+
+    def unload_adapter(self, lora_request: LoRARequest, delete_files: bool = False) -> None:
+        """Free all that an adapter takes; delete_files: also remove what was downloaded."""
+        self._core.unload_adapter(lora_request, delete_files=delete_files)
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. ValueError if skip_tokenizer_init left it out."""
         if self._tokenizer is None:
@@ -221,6 +249,13 @@ class LLM:
             finally:
                 for request_id in running:
                     core.abort_requests(processor.abort_request(request_id))
+
+    def _wait_for(self, operation: Future[dict[str, Any]]) -> dict[str, Any]:
+        """Step until the core has done it."""
+        while not operation.done():
+            self._core.step()
+            self._core.wait_for_work(WAIT_SECONDS)
+        return operation.result()
 
     def _submit(self, requests: list[EngineRequest]) -> list[EngineOutput]:
         """Hand requests to the core. Returns an output for each that it refuses."""

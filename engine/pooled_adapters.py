@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
+from typing import Any
 
 import torch
 
@@ -103,6 +104,29 @@ class PooledAdapters:
 
     def drop(self, version: bytes) -> None:
         self._store.drop(version)
+
+    def pin(self, version: bytes) -> None:
+        self._store.pin(version)
+
+    def unpin(self, version: bytes) -> None:
+        self._store.unpin(version)
+
+    def stats(self) -> dict[str, Any]:
+        host, fetched = self._store.stats(), self._fetcher.stats()
+        return {
+            "host_adapters": host["images"],
+            "host_adapter_bytes": host["bytes"],
+            "host_adapter_reads": host["loads"],
+            "host_adapter_drops": host["drops"],
+            "adapter_fetches": fetched["fetches"],
+            "adapter_fetch_failures": fetched["failures"],
+            "adapter_downloads": fetched["downloads"],
+            "adapter_downloaded_bytes": fetched["downloaded_bytes"],
+        }
+
+    def delete(self, files: FetchedParts) -> None:
+        for part in files.parts:
+            self._fetcher.delete(part)
 
     def close(self) -> None:
         self._fetcher.close()

@@ -15,7 +15,6 @@ from loraplex.lora.recipe import Merge
 
 if TYPE_CHECKING:
     from loraplex.engine.adapter_manager import Adapter
-    from loraplex.engine.adapter_resolver import Question
     from loraplex.engine.grammar import Grammar
 
 
@@ -245,7 +244,6 @@ class Request:
         "num_scored_tokens",
         "num_tokens",
         "prompt_logprobs",
-        "question",
         "slot",
         "status",
         "stop_token_ids",
@@ -259,8 +257,6 @@ class Request:
         self.wire = wire
         self.adapter = adapter
         """None for the base model, and while it is not known which version is meant."""
-        self.question: Question | None = None
-        """Whose answer it waits for: the adapter resolver's."""
         # The first token that the adapter acts on; from none on, if it is the number of all tokens
         # that there may be. Known when the adapter is in the pool.
         self.adapter_start = 0
@@ -343,6 +339,26 @@ class Request:
         if num_output_tokens >= self.wire.max_tokens:
             return FinishReason.LENGTH, None
         return None, None
+
+    def make_output(self, finish_reason: FinishReason | None) -> EngineOutput:
+        """An output without tokens; the first ones say what is known since the start."""
+        output = EngineOutput(
+            request_id=self.request_id, new_token_ids=[], finish_reason=finish_reason
+        )
+        if self.num_output_tokens <= 1:
+            output.num_cached_tokens = self.num_cached_tokens
+            output.first_scheduled_time = self.first_scheduled_time
+            if self.wants_prompt_logprobs:
+                output.prompt_logprobs = self.prompt_logprobs
+        return output
+
+    def make_error_output(self, error: ValueError) -> EngineOutput:
+        """The last output of a request that failed."""
+        output = self.make_output(FinishReason.ERROR)
+        output.error = str(error)
+        output.error_status = getattr(error, "status", 400)
+        output.retry_after = getattr(error, "retry_after", None)
+        return output
 
 
 class RequestError(ValueError):

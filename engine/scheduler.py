@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 
-from loraplex.engine.adapter_manager import AdapterManager, Residency
+from loraplex.engine.adapter_lifecycle import AdapterLifecycle
+from loraplex.engine.adapter_manager import Adapter, AdapterManager, Residency
 from loraplex.engine.adapter_resolver import AdapterResolver
 from loraplex.engine.admission import Admission
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.fair_queue import FairQueue
+from loraplex.engine.fitting import Fitting
 from loraplex.engine.grammar import CompilingRequests, dead_end
 from loraplex.engine.kv_manager import KVManager
 from loraplex.engine.page_pool import PagePool
@@ -36,6 +39,8 @@ class Scheduler:
         kv: KVManager,
         adapters: AdapterManager,
         resolver: AdapterResolver,
+        lifecycle: AdapterLifecycle,
+        fitting: Fitting,
     ) -> None:
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
@@ -44,6 +49,8 @@ class Scheduler:
         self._kv = kv
         self._adapters = adapters
         self._resolver = resolver
+        self._lifecycle = lifecycle
+        self._fitting = fitting
         self._waiting = FairQueue()
         self._admission = Admission(self._waiting, config.max_num_waiting, config.max_queue_seconds)
         self._num_fetching = 0
@@ -63,7 +70,7 @@ class Scheduler:
         """Raises RequestError if the request could never run, or not in time."""
         if request.request_id in self._requests:
             raise RequestError(f"request_id={request.request_id!r} is in use by another request")
-        self._check_fits(request, num_adapter_pages=0)
+        self._fitting.check(request, num_adapter_pages=0)
         is_known = self._find_adapter(request)
         try:
             if is_known:
@@ -83,10 +90,12 @@ class Scheduler:
 
         Raises RequestError.
         """
-        if request.wire.lora_request is None:
+        lora_request = request.wire.lora_request
+        if lora_request is None:
             return True
+        tell = partial(self._take_answer, request)
         try:
-            request.adapter = self._resolver.resolve(request)
+            request.adapter = self._resolver.resolve(lora_request, request, tell)
         except ValueError as error:
             raise RequestError(str(error), getattr(error, "status", 400)) from error
         return request.adapter is not None
@@ -107,15 +116,40 @@ class Scheduler:
         if request.adapter is not None:
             self._adapters.enter(request.adapter)
 
+    def _take_answer(self, request: Request, outcome: Adapter | ValueError) -> None:
+        """Queue a request whose adapter is known now, or end it if there is none for it."""
+        try:
+            if isinstance(outcome, ValueError):
+                raise outcome
+            request.adapter = outcome
+            self._admission.check(request)
+        except ValueError as error:
+            if request.adapter is not None:
+                request.adapter.files.close()
+            self._num_fetching -= 1
+            self._finish_with_error(request, error)
+        else:
+            self._num_fetching -= 1
+            self._enqueue(request, is_known=True)
+
     def abort(self, request_id: str) -> None:
         """End a request; unknown and finished ones are ignored."""
         request = self._requests.get(request_id)
         if request is not None:
             self._take_out(request)
-            self._finish(request, FinishReason.ABORT)
+            self._finish(request, request.make_output(FinishReason.ABORT))
+
+    def end_all_of(self, adapter: Adapter) -> None:
+        """End all requests that have an adapter, which was unloaded."""
+        name = adapter.lora_request.lora_name
+        for request in [r for r in self._requests.values() if r.adapter is adapter]:
+            self._take_out(request)
+            self._finish_with_error(
+                request, RequestError(f"the adapter {name!r} was unloaded", status=409)
+            )
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._requests) or bool(self._outputs)
+        return bool(self._requests or self._outputs or self._lifecycle.is_busy)
 
     @property
     def num_running(self) -> int:
@@ -143,7 +177,8 @@ class Scheduler:
         """
         self._pool.clock += 1
         self._adapters.finish_copies()
-        self._take_answers()
+        self._resolver.deliver()
+        is_memory_claimed = self._lifecycle.advance(self._requests.values())
         self._admission.record_step()
         for request, error in self._admission.take_late():
             self._take_out(request)
@@ -156,30 +191,14 @@ class Scheduler:
                 self._waiting.push(request)
         plan = StepPlan()
         budget = self._schedule_running(plan)
-        self._admit_waiting(plan, budget, only)
+        if not is_memory_claimed:
+            self._admit_waiting(plan, budget, only)
         plan.stopped, self._stopped = self._stopped, []
         for request, num_new_tokens in plan.num_new_tokens.items():
             request.num_computed_tokens += num_new_tokens
             if request.num_computed_tokens == request.num_tokens:
                 request.num_tokens += 1  # the step samples the next one
         return plan
-
-    def _take_answers(self) -> None:
-        """Queue the requests whose adapters are known now."""
-        for request, outcome in self._resolver.take_answers():
-            try:
-                if isinstance(outcome, ValueError):
-                    raise outcome
-                request.adapter = outcome
-                self._admission.check(request)
-            except ValueError as error:
-                if request.adapter is not None:
-                    request.adapter.files.close()
-                self._num_fetching -= 1
-                self._finish_with_error(request, error)
-            else:
-                self._num_fetching -= 1
-                self._enqueue(request, is_known=True)
 
     def _schedule_running(self, plan: StepPlan) -> int:
         """Move running requests on; returns what is left of the token budget."""
@@ -257,7 +276,7 @@ class Scheduler:
             raise
         if num_pages is None:
             return None
-        self._check_fits(request, num_pages)
+        self._fitting.check(request, num_pages)
         return self._adapters.start_copy(adapter, num_pages)
 
     def _ask_again(self, request: Request, error: AdapterChanged) -> None:
@@ -282,7 +301,7 @@ class Scheduler:
         num_new_tokens = request.chunk(num_computed_tokens, budget)
         num_pages = self._kv.num_pages_needed(prefix, num_computed_tokens + num_new_tokens)
         adapter = request.adapter
-        if adapter is not None and adapter.num_users == 0:
+        if adapter is not None and not adapter.is_in_use:
             num_pages += len(adapter.pages)  # Idle pages count as available, but are taken now.
         # A page for each running request to grow by, lest one admitted now is preempted at once.
         if num_pages + len(self._running) > self._pool.num_available:
@@ -326,17 +345,6 @@ class Scheduler:
         self._kv.release(request)
         if request.adapter is not None:
             self._adapters.release(request.adapter)
-
-    def _check_fits(self, request: Request, num_adapter_pages: int) -> None:
-        """A request must fit the empty pool, alone with its adapter, or it would wait forever."""
-        num_pages = self._kv.num_blocks_for(request.max_num_tokens) + num_adapter_pages
-        if num_pages > self._pool.num_usable:
-            raise RequestError(
-                f"prompt ({request.num_prompt_tokens} tokens) plus max_tokens "
-                f"({request.wire.max_tokens}) and its adapter ({num_adapter_pages} pages) need "
-                f"{num_pages} pages of the pool, which has {self._pool.num_usable}: shorten the "
-                "request or raise pool_bytes"
-            )
 
     # -- after a failed step ---------------------------------------------------------------
 
@@ -382,7 +390,7 @@ class Scheduler:
             request.all_token_ids.append(token_id)
             self._waiting.charge(request, 0, 1)
             finish_reason, stop_reason = request.finish_reason_at(token_id)
-            output = self._make_output(request, finish_reason)
+            output = request.make_output(finish_reason)
             output.new_token_ids.append(token_id)
             output.stop_reason = stop_reason
             output.logprobs = None if token_logprobs is None else [token_logprobs]
@@ -397,28 +405,12 @@ class Scheduler:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _make_output(self, request: Request, finish_reason: FinishReason | None) -> EngineOutput:
-        output = EngineOutput(
-            request_id=request.request_id, new_token_ids=[], finish_reason=finish_reason
-        )
-        if request.num_output_tokens <= 1:
-            output.num_cached_tokens = request.num_cached_tokens
-            output.first_scheduled_time = request.first_scheduled_time
-            if request.wants_prompt_logprobs:
-                output.prompt_logprobs = request.prompt_logprobs
-        return output
-
-    def _finish(self, request: Request, finish_reason: FinishReason) -> None:
-        self._outputs.append(self._make_output(request, finish_reason))
+    def _finish(self, request: Request, output: EngineOutput) -> None:
+        self._outputs.append(output)
         self._forget(request)
 
     def _finish_with_error(self, request: Request, error: ValueError) -> None:
-        output = self._make_output(request, FinishReason.ERROR)
-        output.error = str(error)
-        output.error_status = getattr(error, "status", 400)
-        output.retry_after = getattr(error, "retry_after", None)
-        self._outputs.append(output)
-        self._forget(request)
+        self._finish(request, request.make_error_output(error))
 
     def _forget(self, request: Request) -> None:
         if request.status is not RequestStatus.FETCHING:

@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 import loraplex
 from loraplex.engine.core_client import EngineDeadError
 from loraplex.entrypoints import (
+    adapter_routes,
     lorax_routes,
     openai_chat,
     openai_completions,
@@ -30,7 +31,7 @@ def build_app(serving: Serving, config: ServerConfig, keys: KeyRing | None) -> F
     app.state.serving = serving
     app.state.is_draining = False
     app.state.adapter_places = AdapterPlaces(config.allow_runtime_lora or ())
-    for module in (openai_completions, openai_chat, lorax_routes, operator_routes):
+    for module in (openai_completions, openai_chat, lorax_routes, operator_routes, adapter_routes):
         app.include_router(module.router)
     # Each by name: what only Exception's handler knows is logged as a crash.
     for kind in (ApiError, EngineDeadError, IncompleteGeneration, ValueError, HTTPException,
@@ -39,7 +40,7 @@ def build_app(serving: Serving, config: ServerConfig, keys: KeyRing | None) -> F
     app.add_middleware(
         Gate,
         keys=keys,
-        admin_paths=operator_routes.ADMIN_PATHS,
+        admin_paths=adapter_routes.ADMIN_PATHS,
         max_request_bytes=config.max_request_bytes,
         error_response=error_response,
     )

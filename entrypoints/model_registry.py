@@ -52,19 +52,43 @@ class ModelRegistry:
             404, f"the model {name!r} does not exist", param="model", code="model_not_found"
         )
 
-    def add(self, adapter: LoRARequest) -> None:
-        """Serve an adapter from now on."""
-        name = adapter.lora_name
+    def adapter(self, name: str) -> LoRARequest:
+        """The adapter of this name. Raises ApiError 404."""
+        if name not in self._adapters:
+            raise ApiError(404, f"the adapter {name!r} does not exist", param="lora_name")
+        return self._adapters[name]
+
+    def adapters(self) -> list[LoRARequest]:
+        return list(self._adapters.values())
+
+    def serves(self, lora_path: str) -> bool:
+        """Whether any name means this adapter."""
+        return any(adapter.lora_path == lora_path for adapter in self._adapters.values())
+
+    def check_free(self, name: str) -> None:
+        """Raises ValueError for a name that is taken."""
         if name in self._base_names:
             raise ValueError(f"lora_name={name!r} is not allowed: it names the base model")
         if name in self._adapters:
             raise ValueError(f"lora_name={name!r} is not allowed: it has already been loaded")
-        self._adapters[name] = adapter
 
-    def remove(self, name: str) -> None:
-        """Serve the adapter no more; requests that run go on. Raises ApiError 404."""
-        if self._adapters.pop(name, None) is None:
-            raise ApiError(404, f"the adapter {name!r} does not exist", param="lora_name")
+    def add(self, adapter: LoRARequest) -> None:
+        """Serve an adapter from now on."""
+        self.check_free(adapter.lora_name)
+        self._adapters[adapter.lora_name] = adapter
+
+    def replace(self, adapter: LoRARequest) -> LoRARequest | None:
+        """Serve an adapter from now on, instead of another one of its name, if there is one; that
+        is returned."""
+        old = self._adapters.pop(adapter.lora_name, None)
+        self.add(adapter)
+        return old
+
+    def remove(self, name: str) -> LoRARequest:
+        """Serve the adapter no more. Raises ApiError 404."""
+        adapter = self.adapter(name)
+        del self._adapters[name]
+        return adapter
 
     def cards(self) -> list[dict[str, Any]]:
         """What /v1/models lists, the base model first."""

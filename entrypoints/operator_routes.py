@@ -1,40 +1,23 @@
-"""The routes for whoever runs the server: models, adapters, health, metrics, version."""
+"""The routes for whoever runs the server: models, health, metrics, version."""
 
 from __future__ import annotations
 
 import asyncio
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import loraplex
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.core_client import EngineDeadError
-from loraplex.entrypoints.adapter_places import AdapterPlaces
 from loraplex.entrypoints.errors import ApiError
-from loraplex.entrypoints.model_registry import adapter_request
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import json_response
-from loraplex.entrypoints.strict_model import StrictModel
 
 router = APIRouter()
 
 # How long, in seconds, a scrape waits for a core that is busy with a long step.
 STATS_WAIT = 5.0
-
-
-class LoadAdapterRequest(StrictModel):
-    """Body of POST /v1/load_lora_adapter."""
-
-    lora_name: str
-    lora_path: str
-
-
-class UnloadAdapterRequest(StrictModel):
-    """Body of POST /v1/unload_lora_adapter."""
-
-    lora_name: str
 
 
 @router.get("/v1/models")
@@ -49,24 +32,6 @@ async def show_model(name: str, request: Request) -> Response:
     """One of the models."""
     serving: Serving = request.app.state.serving
     return json_response(serving.models.card(name))
-
-
-@router.post("/v1/load_lora_adapter")
-async def load_adapter(body: LoadAdapterRequest, request: Request) -> Response:
-    """Serve an adapter from now on. It is fetched and read when it is first used."""
-    serving: Serving = request.app.state.serving
-    reference = _places(request).parse(body.lora_path)
-    serving.models.add(adapter_request(body.lora_name, reference))
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
-
-
-@router.post("/v1/unload_lora_adapter")
-async def unload_adapter(body: UnloadAdapterRequest, request: Request) -> Response:
-    """Serve an adapter no more. Requests that run go on; its memory is reclaimed when needed."""
-    serving: Serving = request.app.state.serving
-    _places(request)
-    serving.models.remove(body.lora_name)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @router.get("/live")
@@ -113,14 +78,3 @@ async def _core_stats(engine: AsyncEngine) -> dict | None:
         return await asyncio.wait_for(engine.stats(), STATS_WAIT)
     except (EngineDeadError, TimeoutError):
         return None
-
-
-ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-
-
-def _places(request: Request) -> AdapterPlaces:
-    """Where adapters may be loaded from while the server runs. Raises ApiError 403 if nowhere."""
-    places: AdapterPlaces = request.app.state.adapter_places
-    if not places:
-        raise ApiError(403, "adapters can't be changed: start the server with --allow-runtime-lora")
-    return places

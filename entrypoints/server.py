@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 import uvloop
@@ -64,7 +65,9 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
                 names, engine.config.model, engine.model_info.max_model_len, adapters
             )
             metrics = ServerMetrics()
-            supervisor = Supervisor(engine, metrics.engine_restarts)
+            prepare = partial(_preload_adapters, engine, models, config)
+            await prepare()
+            supervisor = Supervisor(engine, metrics.engine_restarts, prepare)
             serving = Serving(
                 engine,
                 models,
@@ -77,6 +80,22 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
             await _serve_http(app, listener, engine, supervisor, signals, config.shutdown_grace)
         finally:
             await engine.shutdown()
+
+
+async def _preload_adapters(
+    engine: AsyncEngine, models: ModelRegistry, config: ServerConfig
+) -> None:
+    """Those that are still served. Raises RequestError if one can't be had."""
+    served = {adapter.lora_name: adapter for adapter in models.adapters()}
+    wanted = [(name, False) for name in config.preload_lora_modules or ()]
+    wanted += [(name, True) for name in config.pin_lora_modules or ()]
+    await asyncio.gather(
+        *(
+            engine.preload_adapter(served[name], pin=is_pinned)
+            for name, is_pinned in wanted
+            if name in served
+        )
+    )
 
 
 async def _serve_http(

@@ -10,7 +10,7 @@ from loraplex.entrypoints.adapter_places import AdapterPlaces
 from loraplex.entrypoints.limits import Limits
 from loraplex.entrypoints.reasoning_formats import REASONING_FORMATS
 from loraplex.entrypoints.tool_formats import TOOL_FORMATS
-from loraplex.lora.options import option
+from loraplex.lora.options import check_option, option
 
 API_KEY_VARIABLE = "LORAPLEX_API_KEY"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -56,6 +56,21 @@ class ServerConfig:
             "help": "Adapters to serve; requests choose them by name. A path is a directory, "
             "hub:owner/name[@revision][/subfolder] or s3://bucket/prefix.",
             "metavar": "NAME=PATH",
+        },
+    )
+    preload_lora_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of lora_modules to have in the pool before requests are answered.",
+            "metavar": "NAME",
+        },
+    )
+    pin_lora_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of lora_modules to have in the pool before requests are answered, and "
+            "never to evict.",
+            "metavar": "NAME",
         },
     )
     allow_runtime_lora: list[str] | None = field(
@@ -104,7 +119,10 @@ class ServerConfig:
             if not is_allowed:
                 value = "..." if name == "api_key" else repr(getattr(self, name))
                 raise ValueError(f"{name}={value} is not allowed: it must be {allowed}")
-        self.adapter_paths()
+        names = [name for name, _ in self.adapter_paths()]
+        for option_name in ("preload_lora_modules", "pin_lora_modules"):
+            for name in getattr(self, option_name) or ():
+                check_option(option_name, name, name in names, "the name of one of lora_modules")
         AdapterPlaces(self.allow_runtime_lora or ())
 
     def api_keys(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Starts the engine again when it dies.
 
-Adapters need nothing: the server's registry names them, and a new engine reads what is asked for.
+The server's registry names the adapters: a new engine reads what is asked for, and what the server
+was started to preload.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 from prometheus_client import Counter
 
@@ -28,8 +30,12 @@ MOST_FAILURES = 3
 class Supervisor:
     """Watches one engine, which was started."""
 
-    def __init__(self, engine: AsyncEngine, restarts: Counter) -> None:
+    def __init__(
+        self, engine: AsyncEngine, restarts: Counter, prepare: Callable[[], Awaitable[None]]
+    ) -> None:
+        """prepare: what a new engine is to do before it serves, as far as it can."""
         self._engine = engine
+        self._prepare = prepare
         self._restarts = restarts
 
     async def run(self) -> None:
@@ -52,7 +58,14 @@ class Supervisor:
             wait = min(max(FIRST_WAIT, 2 * wait), LONGEST_WAIT)
             try:
                 await self._engine.start()
+                await self._try_to_prepare()
                 return wait
             except (EngineDeadError, ValueError) as error:
                 logger.error("%s", error)
         raise EngineDeadError(f"the engine could not be started again, {MOST_FAILURES} times")
+
+    async def _try_to_prepare(self) -> None:
+        try:
+            await self._prepare()
+        except ValueError as error:
+            logger.error("The engine goes on without what was to be preloaded: %s", error)

@@ -51,6 +51,7 @@ class _Held:
     """Whoever asked for it has until then to copy it, before it may be dropped."""
     num_copies: int = 0
     """Copies in progress."""
+    is_pinned: bool = False
 
 
 @dataclass(slots=True)
@@ -157,6 +158,31 @@ class HostAdapterStore:
                 self._full_until = 0.0
             self._start_reads()
 
+    def pin(self, key: Hashable) -> None:
+        """Keep the image of a key that is in host memory until `unpin`, or `drop`.
+
+        Raises AdapterError if there is no room for that.
+        """
+        with self._lock:
+            held = self._held[key]
+            num_bytes = held.image.num_bytes
+            num_pinned = sum(h.image.num_bytes for h in self._held.values() if h.is_pinned)
+            if not held.is_pinned and num_pinned + num_bytes > self._capacity_bytes:
+                raise AdapterError(
+                    f"there is no room to pin the adapter in host memory: it takes {num_bytes} "
+                    f"bytes, pinned ones take {num_pinned}, and host_adapter_bytes is "
+                    f"{self._capacity_bytes}",
+                    status=409,
+                )
+            held.is_pinned = True
+
+    def unpin(self, key: Hashable) -> None:
+        """The image may be dropped again, if it is there."""
+        with self._lock:
+            if key in self._held:
+                self._held[key].is_pinned = False
+                self._full_until = 0.0
+
     def image(self, key: Hashable) -> AdapterImage:
         """The image of a key that is in host memory."""
         with self._lock:
@@ -248,10 +274,14 @@ class HostAdapterStore:
 
     def _start_reads(self) -> None:
         """Read what waits, as threads and memory allow: one larger than all memory on its own."""
-        while self._can_read() and (self._has_room() or not (self._held or self._reading)):
+        while self._can_read() and (self._has_room() or self._is_alone()):
             key, files = self._queue.popitem(last=False)
             self._reading.add(key)
             self._readers.submit(self._read, key, files)
+
+    def _is_alone(self) -> bool:
+        """Whether nothing is there, or to come, that could make room by and by."""
+        return not self._reading and all(held.is_pinned for held in self._held.values())
 
     def _has_room(self) -> bool:
         """Whether what is being read, and one more, fit: an image's size is known when it is."""
@@ -267,11 +297,11 @@ class HostAdapterStore:
         for key, held in list(self._held.items()):
             if self._has_room():
                 return
-            if held.num_copies == 0 and held.awaited_until <= now:
+            if held.num_copies == 0 and held.awaited_until <= now and not held.is_pinned:
                 del self._held[key]
                 self._num_bytes -= held.image.num_bytes
                 self._num_drops += 1
-        ends = [held.awaited_until for held in self._held.values() if held.num_copies == 0]
+        ends = [h.awaited_until for h in self._held.values() if not (h.num_copies or h.is_pinned)]
         self._full_until = min(ends, default=math.inf)
 
     def _is_wanted(self, key: Hashable) -> bool:

@@ -164,13 +164,22 @@ class AdapterFetcher:
                 fetch.waiters.append(future)
         return future
 
+    def delete(self, fetched: FetchedAdapter) -> None:
+        """Remove the files of a version from the cache, unless somebody reads them; what was not
+        downloaded stays."""
+        self._threads[fetched.reference.source].submit(self._cache.remove, fetched.identity)
+
     def stats(self) -> dict[str, int]:
-        """Counts so far, and the bytes on disk, for which it reads the cache's directory."""
+        """Counts so far."""
         names = ("fetches", "failures", "retries", "cache_hits", "downloads", "downloaded_bytes")
         with self._lock:
             counts = {name: self._counts[name] for name in names}
             counts["fetching"] = len(self._fetches)
-        return counts | {"cache_bytes": self._cache.num_bytes()}
+        return counts
+
+    def num_bytes_on_disk(self) -> int:
+        """Of what was downloaded, for which the cache's directory is read."""
+        return self._cache.num_bytes()
 
     def close(self) -> None:
         """End all fetches, those under way with an error, and wait for their threads."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_one_adapter_from_everywhere_is_one_adapter(
@@ -124,3 +132,50 @@ def test_a_directory_that_is_repaired_serves(llm, make):
     assert generate(llm, [LoRARequest("a", str(path))]) == [expected]
     shutil.rmtree(path)
     assert generate(llm, [LoRARequest("a", str(path))]) == [expected], "it is in memory"
+
+
+def test_a_new_commit_is_served_when_it_is_asked_for(llm, make, hub, server, tmp_path):
+    repo = hub.add("acme/a", make.files(1))
+    lora = LoRARequest("a", "acme/a")
+    (first,) = generate(llm, [lora])
+    repo.commit(make.files(2))
+    assert generate(llm, [lora]) == [first]
+    assert llm.refresh_adapter(lora)["changed"]
+    (second,) = generate(llm, [lora])
+    assert second != first
+    assert not llm.refresh_adapter(lora)["changed"]
+    repo.commit({**make.files(3), "adapter_model.safetensors": b"no weights"})
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        llm.refresh_adapter(lora)
+    assert generate(llm, [lora]) == [second]
+    assert [state["references"] for state in llm.adapters()] == [["hub:acme/a"]]
+
+
+def test_unloading_frees_every_tier(llm, make, hub, server, tmp_path):
+    hub.add("acme/a", make.files(1))
+    lora = LoRARequest("a", "acme/a")
+    state = llm.preload_adapter(lora, pin=True)
+    assert state["num_pages"] == llm.stats()["pages_adapter"] > 0
+    generate(llm, [lora])
+    assert list((tmp_path / "cache/entries").iterdir())
+    llm.unload_adapter(lora, delete_files=True)
+    stats = llm.stats()
+    assert stats["pages_free"] == stats["pages_total"]
+    assert llm.adapters() == []
+    assert stats["host_adapter_bytes"] == 0
+    wait_until(lambda: not list((tmp_path / "cache/entries").iterdir()))
+
+
+def test_a_pin_in_host_memory_stays_within_its_budget(model, make, tmp_path):
+    loras = [LoRARequest(str(i), str(make.directory(i, str(i)))) for i in range(4)]
+    with tiny_llm(model, tmp_path / "cache") as llm:
+        llm.preload_adapter(loras[0], tier="host")
+        num_bytes = llm.stats()["host_adapter_bytes"]
+    with tiny_llm(model, tmp_path / "cache", host_adapter_bytes=int(1.5 * num_bytes)) as llm:
+        assert llm.preload_adapter(loras[0], tier="host", pin=True)["pinned"] == "host"
+        with pytest.raises(ValueError, match="no room to pin the adapter in host memory"):
+            llm.preload_adapter(loras[1], tier="host", pin=True)
+        outputs = generate(llm, loras)
+        assert all(isinstance(output, list) for output in outputs)
+        assert llm.stats()["host_adapter_bytes"] <= 2 * num_bytes
+        llm.check_integrity()

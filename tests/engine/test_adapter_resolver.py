@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from fake_device import expected_tokens, fake_core, make_request, run_to_end, tokens_of
+from fake_device import expected_tokens, fake_core, run_to_end, tokens_of
+from versioned_adapters import PATH, finish, request_of, tokens_of_version
 
 from loraplex.engine import core as core_module
 from loraplex.engine.adapter_resolver import AdapterResolver
-from loraplex.engine.core import EngineCore
-from loraplex.engine.request import EngineOutput, EngineRequest, FinishReason, RequestError, Service
+from loraplex.engine.request import EngineOutput, FinishReason, RequestError, Service
 from loraplex.lora.spec import AdapterError
-
-PATH = "a:pages=2"
 
 
 class Clock:
@@ -35,28 +33,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
     monkeypatch.setattr(core_module, "AdapterResolver", make)
     return clock
-
-
-def request_of(
-    request_id: str, adapter: str | None = "a", token: str | None = None, max_tokens: int = 4
-) -> EngineRequest:
-    request = make_request(request_id, range(12), max_tokens, adapter=adapter)
-    if token is not None:
-        request.lora_request = dataclasses.replace(request.lora_request, token=token)
-    return request
-
-
-def tokens_of_version(request: EngineRequest, version: int) -> list[int]:
-    name = f"{request.lora_request.lora_name}@{version}" if version else "a"
-    lora_request = dataclasses.replace(request.lora_request, lora_name=name)
-    named = EngineRequest(**{f: getattr(request, f) for f in request.__struct_fields__})
-    named.lora_request = lora_request
-    return expected_tokens(named)
-
-
-def finish(core: EngineCore, request: EngineRequest) -> list[EngineOutput]:
-    core.add_request(request)
-    return run_to_end(core)[request.request_id]
 
 
 def test_requests_wait_for_a_fetch_while_others_run():
@@ -144,9 +120,9 @@ def test_tokens_are_asked_for_apart_and_again_when_their_time_is_over(clock: Clo
     asked = []
     fetch = store.fetch
 
-    def note(lora_request):
+    def note(lora_request, refresh=False):
         asked.append(lora_request.token)
-        return fetch(lora_request)
+        return fetch(lora_request, refresh)
 
     store.fetch = note
     for i, token in enumerate(["x", None, "y", "x", None]):

@@ -74,6 +74,7 @@ def test_flags_that_are_not_given_leave_the_defaults():
         ({"log_level": "loud"}, "log_level='loud' is not allowed: it must be one of debug"),
         ({"shutdown_grace": -1.0}, "shutdown_grace=-1.0 is not allowed"),
         ({"api_key": [""]}, "api_key=... is not allowed"),
+        ({"pin_lora_modules": ["x"]}, "pin_lora_modules='x' is not allowed"),
         ({"allow_runtime_lora": ["/nowhere"]}, "allow_runtime_lora='/nowhere' is not allowed"),
     ],
 )

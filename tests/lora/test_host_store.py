@@ -297,6 +297,24 @@ def test_the_least_recently_used_image_is_dropped_first(paths, image_bytes):
             store.image(paths[1])
 
 
+def test_a_pinned_image_is_not_dropped_and_starves_nobody(paths, image_bytes):
+    with make_store(capacity_bytes=int(1.5 * image_bytes), await_seconds=0.0) as store:
+        get_when_ready(store, paths[0], paths[0])
+        store.pin(paths[0])
+        for path in paths[1:]:
+            get_when_ready(store, path, path)
+            with pytest.raises(AdapterError, match="no room to pin"):
+                store.pin(path)
+            copy(store, path)
+        assert store.image(paths[0])
+        assert store.stats()["bytes"] == 2 * image_bytes
+        store.unpin(paths[0])
+        get_when_ready(store, paths[1], paths[1])
+        store.drop(paths[1])
+        get_when_ready(store, paths[2], paths[2])
+        assert store.stats()["bytes"] == image_bytes
+
+
 @pytest.mark.parametrize("capacity", [0, 1, 2.5])
 def test_everyone_gets_their_image_in_turn_under_any_budget(paths, image_bytes, capacity):
     """All are polled all the time; each is copied when it is there, as an engine would."""

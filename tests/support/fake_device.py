@@ -35,7 +35,7 @@ from loraplex.engine.sampling_state import (
     uniform,
 )
 from loraplex.engine.step import PromptLogprobsSpan, StepBatch, StepResult
-from loraplex.lora.spec import AdapterChanged, AdapterTraits
+from loraplex.lora.spec import AdapterChanged, AdapterError, AdapterTraits
 
 VOCAB_SIZE = 1000
 EOS_TOKEN_ID = VOCAB_SIZE - 1
@@ -110,6 +110,10 @@ class FakeStore:
         self.versions: Counter[str] = Counter()
         self.files: list[FakeFiles] = []
         self.images: set[bytes] = set()
+        self.pinned: set[bytes] = set()
+        self.broken: set[bytes] = set()
+        self.max_num_pinned = 2
+        self.deleted: list[bytes] = []
         self.polls: dict[bytes, int] = {}
         self.copies: list[tuple[Future[None], Callable[[], None]]] = []
         self.num_polls = num_polls
@@ -120,7 +124,7 @@ class FakeStore:
             raise ValueError(f"lora_path={path!r} is not allowed")
         return Identity(((path, lora_request.token),), None)
 
-    def fetch(self, lora_request: LoRARequest) -> Future[FakeFiles]:
+    def fetch(self, lora_request: LoRARequest, refresh: bool = False) -> Future[FakeFiles]:
         future: Future[FakeFiles] = Future()
         self.fetches.append((lora_request, future))
         if not self.holds_fetches:
@@ -149,12 +153,30 @@ class FakeStore:
             return None
         if "fail" in path:
             raise ValueError(f"adapter {path} can't be served")
+        if version in self.broken:
+            raise AdapterError(f"adapter {path} is broken")
         if version not in self.images and files.version != self.versions[path]:
             raise AdapterChanged(f"adapter {path} has changed")
         self.images.add(version)
         return int(path.split("=")[1])
 
+    def pin(self, version: bytes) -> None:
+        assert version in self.images
+        if len(self.pinned) == self.max_num_pinned:
+            raise AdapterError("no room to pin", status=409)
+        self.pinned.add(version)
+
+    def unpin(self, version: bytes) -> None:
+        self.pinned.discard(version)
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def delete(self, files: FakeFiles) -> None:
+        self.deleted.append(files.key)
+
     def drop(self, version: bytes) -> None:
+        assert version not in self.pinned
         self.images.discard(version)
         self.polls.pop(version, None)
 

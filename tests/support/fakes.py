@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from loraplex.engine.request import (
     EngineOutput,
     EngineRequest,
     FinishReason,
+    LoRARequest,
     ModelInfo,
     RequestError,
     TokenLogprobs,
@@ -101,6 +103,8 @@ class FakeCore:
         """The unfinished ones."""
         self.seen: list[EngineRequest] = []
         self.aborted: list[str] = []
+        self.loaded: dict[str, dict[str, Any]] = {}
+        self.refreshed: list[str] = []
         self.num_steps = 0
         self.num_waits = 0
         self.is_shut_down = False
@@ -204,6 +208,45 @@ class FakeCore:
             "num_running": min(len(self.requests), self._max_num_seqs),
             "num_waiting": max(0, len(self.requests) - self._max_num_seqs),
         }
+
+    def adapters(self) -> list[dict[str, Any]]:
+        return list(self.loaded.values())
+
+    def preload_adapter(
+        self, lora_request: LoRARequest, tier: str = "pool", pin: bool = False
+    ) -> Future[dict[str, Any]]:
+        """Done at once; fails for paths that requests fail for."""
+        done: Future[dict[str, Any]] = Future()
+        if "missing" in lora_request.lora_path or "broken" in lora_request.lora_path:
+            done.set_exception(RequestError(f"no adapter {lora_request.lora_name!r}", 404))
+            return done
+        self.loaded[lora_request.lora_path] = {
+            "references": [f"file:{lora_request.lora_path}"],
+            "pinned": tier if pin else None,
+            "tier": tier,
+        }
+        done.set_result(self.loaded[lora_request.lora_path])
+        return done
+
+    def unpin_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
+        state = self.loaded.get(lora_request.lora_path)
+        if state is None or state["pinned"] is None:
+            raise RequestError(f"adapter {lora_request.lora_name!r} is not pinned", 404)
+        state["pinned"] = None
+        return state
+
+    def refresh_adapter(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
+        self.refreshed.append(lora_request.lora_path)
+        return self.preload_adapter(lora_request)
+
+    def unload_adapter(
+        self, lora_request: LoRARequest, abort: bool = False, delete_files: bool = False
+    ) -> dict[str, Any]:
+        """With abort, all requests end."""
+        self.loaded.pop(lora_request.lora_path, None)
+        if abort:
+            self.abort_requests(list(self.requests))
+        return {"num_requests": 0}
 
     def check_integrity(self) -> None:
         assert set(self.requests) <= set(self._num_done)
