@@ -13,6 +13,7 @@ BENCHMARKS = {
     "cold": "What requests to adapters in host memory cost themselves and those that run.",
     "server": "What HTTP costs: streams and cancelled requests without a model behind them.",
     "eviction": "What to evict: policies and fixed splits, on a simulated H100.",
+    "loading": "Time and memory of loading a checkpoint, against reading its bytes.",
     "kernels": "The kernels against what this machine's memory and arithmetic allow.",
 }
 EXAMPLES = """\
@@ -33,6 +34,8 @@ examples:
       the real scheduler and pool on a simulated device; needs neither a GPU nor a model
   loraplex bench server --num-streams 1000
       tokens a second of SSE, the server's CPU time for each, and what cancelled requests leave
+  loraplex bench loading --shape llama-3-8b --num-layers 4 --quantization none fp8 bitsandbytes
+      a sharded checkpoint of random weights, each load in a process of its own
   loraplex bench kernels
       the GPU's where there is one, else the CPU's
 

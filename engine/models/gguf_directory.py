@@ -14,7 +14,7 @@ from typing import Any
 from loraplex.engine.models.cache import cached_model
 from loraplex.engine.models.gguf_tensors import (
     DENSE_TYPES,
-    StoredTensor,
+    TableEntry,
     tensor_name,
     write_table,
 )
@@ -113,7 +113,7 @@ def _rope_scaling(hf_config: Any, factors: Any) -> dict[str, Any]:
     raise ValueError(f"the factors in {ROPE_FACTORS} of the GGUF file are not those of a Llama 3")
 
 
-def _stored(tensor: Any, architecture: str, config: dict[str, Any]) -> StoredTensor:
+def _stored(tensor: Any, architecture: str, config: dict[str, Any]) -> TableEntry:
     # GGUF has the size of rows first.
     num_rows = int(tensor.shape[-1])
     rotary_heads = 0
@@ -121,7 +121,7 @@ def _stored(tensor: Any, architecture: str, config: dict[str, Any]) -> StoredTen
         rotary_heads = config["num_attention_heads"]
     elif architecture == "llama" and ".attn_k." in tensor.name:
         rotary_heads = config["num_key_value_heads"]
-    return StoredTensor(
+    return TableEntry(
         type=tensor.tensor_type.name,
         offset=int(tensor.data_offset),
         row_bytes=int(tensor.n_bytes) // num_rows,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+
+from loraplex.engine.models.stored_tensors import StoredTensor
 
 TABLE = "gguf.json"
 """In a model directory: where the file is, and what is where in it. The file's own header takes
@@ -40,7 +41,7 @@ EXPANDED_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class TableEntry:
     """Where a tensor is in the file. Its rows are outputs of a linear, or elements of a vector."""
 
     type: str
@@ -75,13 +76,13 @@ def split_rotary_halves(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def write_table(directory: Path, file: Path, tensors: dict[str, StoredTensor]) -> None:
+def write_table(directory: Path, file: Path, tensors: dict[str, TableEntry]) -> None:
     table = {"file": str(file), "tensors": {name: asdict(t) for name, t in tensors.items()}}
     (directory / TABLE).write_text(json.dumps(table))
 
 
-def read_tensors(directory: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Name and reader of every tensor that the directory's table lists.
+def gguf_tensors(directory: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Every tensor that the directory's table lists.
 
     What is stored in blocks comes as such, uint8 [rows, bytes], except for the embedding, which is
     expanded to bfloat16. Raises ValueError if the file is gone.
@@ -90,24 +91,19 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Callable[[], torch.Tens
     file = Path(table["file"])
     if not file.is_file():
         raise ValueError(f"model={str(directory)!r} was made from {str(file)!r}, which is gone")
-    data = np.memmap(file, dtype=np.uint8, mode="r")
     for name, fields in table["tensors"].items():
-        yield name, _reader(data, name, StoredTensor(**fields))
+        entry = TableEntry(**fields)
+        size = entry.num_rows * entry.row_bytes
+        yield name, StoredTensor(file, entry.offset, size, partial(_decode, name, entry))
 
 
-def _reader(data: Any, name: str, stored: StoredTensor) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        end = stored.offset + stored.num_rows * stored.row_bytes
-        # A copy, because torch has no tensors that can't be written.
-        rows = torch.from_numpy(data[stored.offset : end].copy())
-        rows = rows.view(stored.num_rows, stored.row_bytes)
-        if stored.rotary_heads:
-            rows = split_rotary_halves(rows, stored.rotary_heads)
-        if stored.type in DENSE_TYPES:
-            return rows.view(DENSE_TYPES[stored.type])
-        return _expand(rows, stored.type) if name == EMBEDDING else rows
-
-    return read
+def _decode(name: str, entry: TableEntry, data: torch.Tensor) -> torch.Tensor:
+    rows = data.view(entry.num_rows, entry.row_bytes)
+    if entry.rotary_heads:
+        rows = split_rotary_halves(rows, entry.rotary_heads)
+    if entry.type in DENSE_TYPES:
+        return rows.view(DENSE_TYPES[entry.type])
+    return _expand(rows, entry.type) if name == EMBEDDING else rows
 
 
 def _expand(rows: torch.Tensor, type_name: str) -> torch.Tensor:

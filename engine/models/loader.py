@@ -4,19 +4,17 @@ tensor."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from loraplex.engine.models.gguf_tensors import TABLE, read_tensors
+from loraplex.engine.models.gguf_tensors import TABLE, gguf_tensors
+from loraplex.engine.models.stored_tensors import StoredTensor, read_ahead, safetensors_tensors
 from loraplex.engine.models.weights import NamedPlaces, Place
-
-NamedReaders = Iterator[tuple[str, Callable[[], torch.Tensor]]]
 
 
 class LoadableModel(Protocol):
@@ -46,31 +44,38 @@ def load_weights(model: LoadableModel, path: Path) -> None:
 
     Raises ValueError naming the tensors that are left over, missing or of a wrong shape.
     """
+    # (A function of its own, so that no place outlives it: linears are about to be laid out anew.)
+    _fill(model, path)
+    model.finish_loading()
+
+
+def _fill(model: LoadableModel, path: Path) -> None:
     places = dict(model.named_weights())
     leftover: list[str] = []
-    read_all = read_tensors if (path / TABLE).is_file() else _read_safetensors
-    for name, read in tqdm(read_all(path), desc="Loading weights", unit="tensor", leave=False):
+    found: list[tuple[str, StoredTensor, Place]] = []
+    for name, stored in _stored_tensors(path):
         current_name = model.current_name(name)
         place = places.pop(current_name, None)
         if place is not None:
-            copy_to_place(name, read(), place)
-        elif not (model.is_ignored(current_name) or _adds_nothing(name, read)):
+            found.append((name, stored, place))
+        elif not (model.is_ignored(current_name) or _adds_nothing(name, stored)):
             leftover.append(name)
+    progress = tqdm(total=len(found), desc="Loading weights", unit="tensor", leave=False)
+    with progress:
+        for name, tensor, place in read_ahead(found):
+            if tensor is not None:
+                copy_to_place(name, tensor, place)
+            progress.update()
     if leftover:
         raise ValueError(f"the checkpoint has tensors that the model lacks: {_some(leftover)}")
     if places:
         raise ValueError(f"the checkpoint lacks tensors of the model: {_some(list(places))}")
-    model.finish_loading()
 
 
-def _read_safetensors(path: Path) -> NamedReaders:
-    for file in checkpoint_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield name, partial(tensors.get_tensor, name)
-        except SafetensorError as error:
-            raise ValueError(f"{file} can't be read as safetensors: {error}") from error
+def _stored_tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    if (path / TABLE).is_file():
+        return gguf_tensors(path)
+    return chain.from_iterable(map(safetensors_tensors, checkpoint_files(path)))
 
 
 def fill_dummy_weights(model: LoadableModel, seed: int, device: torch.device) -> None:
@@ -113,9 +118,9 @@ def _without_ones(shape: torch.Size) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def _adds_nothing(name: str, read: Callable[[], torch.Tensor]) -> bool:
+def _adds_nothing(name: str, stored: StoredTensor) -> bool:
     """Quantisers write biases of zeros to models that have none."""
-    return name.endswith(".bias") and not read().any()
+    return name.endswith(".bias") and not stored.read().any()
 
 
 def _some(names: list[str], limit: int = 5) -> str:

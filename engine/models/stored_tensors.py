@@ -1,0 +1,110 @@
+"""Reads tensors out of checkpoint files: several at once, and straight to where they go.
+
+Mapping the files instead takes several times as long, for the sake of page faults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+Tensor = torch.Tensor
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NUM_READERS = 4
+# Tensors that are read before they are asked for.
+READ_AHEAD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor is in a file, and how its bytes become one."""
+
+    file: Path
+    offset: int
+    num_bytes: int
+    decode: Callable[[Tensor], Tensor]
+    """uint8 [num_bytes] -> the tensor."""
+    plain: tuple[torch.dtype, torch.Size] | None = None
+    """Dtype and shape, if the bytes are the tensor's as they are."""
+
+    def read(self) -> Tensor:
+        return self.decode(self._read_to(torch.empty(self.num_bytes, dtype=torch.uint8)))
+
+    def read_for(self, place: object) -> Tensor | None:
+        """The tensor; None if it could be read into its place at once."""
+        if not isinstance(place, Tensor):
+            return self.read()
+        if place.is_cpu and place.is_contiguous() and self.plain == (place.dtype, place.shape):
+            self._read_to(place.view(-1).view(torch.uint8))
+            return None
+        buffer = torch.empty(self.num_bytes, dtype=torch.uint8, pin_memory=place.is_cuda)
+        return self.decode(self._read_to(buffer))
+
+    def _read_to(self, buffer: Tensor) -> Tensor:
+        view, done = memoryview(buffer.numpy()), 0
+        descriptor = os.open(self.file, os.O_RDONLY)
+        try:
+            while done < self.num_bytes:
+                count = os.preadv(descriptor, [view[done:]], self.offset + done)
+                if count == 0:
+                    raise ValueError(f"{self.file} ends before its tensors do")
+                done += count
+        finally:
+            os.close(descriptor)
+        return buffer
+
+
+def read_ahead(
+    tensors: Iterable[tuple[str, StoredTensor, object]],
+) -> Iterator[tuple[str, Tensor | None, object]]:
+    """(name, tensor, place) of each, in turn, while threads read those that follow; the tensor is
+    None if it is in its place already."""
+    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="weights") as pool:
+        pending: deque = deque()
+        for name, stored, place in tensors:
+            pending.append((name, pool.submit(stored.read_for, place), place))
+            if len(pending) > READ_AHEAD:
+                name, future, place = pending.popleft()
+                yield name, future.result(), place
+        for name, future, place in pending:
+            yield name, future.result(), place
+
+
+def safetensors_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Every tensor of a file, in the order in which they lie there.
+
+    The format: 8 bytes with the size of the header, the header as JSON, the tensors.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(header_size, size)))
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
+        for name, entry in entries:
+            dtype, shape = DTYPES[entry["dtype"]], torch.Size(entry["shape"])
+            start, end = (8 + header_size + offset for offset in entry["data_offsets"])
+            if end > size or end - start != shape.numel() * dtype.itemsize:
+                raise ValueError(f"tensor {name!r} is not whole")
+            view = partial(_view, dtype=dtype, shape=shape)
+            yield name, StoredTensor(file, start, end - start, view, (dtype, shape))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} can't be read as safetensors: {error}") from error
+
+
+def _view(data: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return data.view(dtype).view(shape)
