@@ -36,14 +36,19 @@ class DecodeBytes:
         element of K and V; None is dtype_bytes."""
         # Imported late: it brings torch.
         from loraplex.engine.models.config import head_dim
-        from loraplex.engine.models.registry import base_model_spec
+        from loraplex.engine.models.registry import base_model_spec, outline_model
 
         spec = base_model_spec(hf_config)
-        layer = sum(module.in_features * module.out_features for module in spec.modules)
+        places = outline_model(hf_config).named_weights()
+        layers = sum(
+            place.shape.numel()
+            for name, place in places
+            if name.startswith(f"{spec.layer_path}.") and len(place.shape) > 1
+        )
         head = hf_config.hidden_size * hf_config.vocab_size
         kv_elements = 2 * hf_config.num_key_value_heads * head_dim(hf_config)
         return cls(
-            weights=dtype_bytes * (spec.num_layers * layer + head),
+            weights=dtype_bytes * (layers + head),
             rank=dtype_bytes * rank_elements(spec, modules),
             kv_token=(kv_dtype_bytes or dtype_bytes) * spec.num_layers * kv_elements,
         )

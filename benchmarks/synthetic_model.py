@@ -6,6 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+# What is not said is as in LLAMA.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "hidden_size": 4096,
@@ -16,6 +26,68 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336,
         "vocab_size": 128_256,
         "rope_theta": 500_000.0,
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+    },
+    "qwen3-8b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12288,
+        "vocab_size": 151_936,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+    },
+    "gemma-2-9b": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_size": 3584,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "intermediate_size": 14336,
+        "vocab_size": 256_000,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
+    "phi-4": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "intermediate_size": 17920,
+        "vocab_size": 100_352,
+        "rope_theta": 250_000.0,
+        "max_position_embeddings": 8192,
+        "original_max_position_embeddings": 8192,
+        "pad_token_id": 2,
+        "dtype": "bfloat16",
+    },
+    # Of Mixtral 8x7B, the first 12 of 32 layers: what fits on one GPU with a pool.
+    "mixtral-12-layers": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 14336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32_000,
+        "rope_theta": 1_000_000.0,
         "max_position_embeddings": 8192,
         "dtype": "bfloat16",
     },
@@ -36,7 +108,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_model(directory: str | Path, shape: str) -> Path:
-    """Write a Llama of a shape in SHAPES, to be loaded with load_format="dummy", and return its
+    """Write a model of a shape in SHAPES, to be loaded with load_format="dummy", and return its
     directory. Its tokenizer has a word for every id, so that a server has text to stream."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -44,16 +116,7 @@ def write_model(directory: str | Path, shape: str) -> Path:
 
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        **SHAPES[shape],
-    }
+    config = {**LLAMA, **SHAPES[shape]}
     (path / "config.json").write_text(json.dumps(config, indent=1))
     words = {f"w{token_id}": token_id for token_id in range(config["vocab_size"])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))

@@ -62,6 +62,7 @@ UNDERSTOOD_KEYS = frozenset(
         "r",
         "rank_pattern",
         "target_modules",
+        "target_parameters",
         "use_dora",
         "use_rslora",
     )
@@ -89,6 +90,8 @@ class PeftConfig:
     """Of an activated LoRA: it acts from the last place on where the prompt has these tokens. ():
     it is none, and acts everywhere."""
     target_modules: str | frozenset[str] | None
+    target_weights: frozenset[str]
+    """Modules whose weight is targeted as a parameter: what PEFT does to routers of experts."""
     exclude_modules: str | frozenset[str] | None
     layers_to_transform: frozenset[int] | None
     rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
@@ -110,7 +113,7 @@ class PeftConfig:
         """Whether the configuration has an adapter on this module."""
         if self.exclude_modules and _matches(self.exclude_modules, module_name):
             return False
-        if self.target_modules is None:
+        if self.target_modules is None or _matches(self.target_weights, module_name):
             return True
         if not _matches(self.target_modules, module_name):
             return False
@@ -186,6 +189,7 @@ def parse_peft_config(values: Mapping[str, Any]) -> PeftConfig:
         bias=values.get("bias") or "none",
         invocation_token_ids=_read_token_ids(values, "alora_invocation_tokens"),
         target_modules=target_modules,
+        target_weights=_read_target_weights(values),
         exclude_modules=_read_modules(values, "exclude_modules"),
         layers_to_transform=_read_layers(values),
         rank_pattern=_read_pattern(values, "rank_pattern", _check_rank),
@@ -261,6 +265,22 @@ def _read_modules(values: Mapping[str, Any], name: str) -> str | frozenset[str] 
     is_list = isinstance(modules, list) and all(isinstance(module, str) for module in modules)
     _check(name, modules, is_list, "a list of module names or a regular expression")
     return frozenset(modules)
+
+
+def _read_target_weights(values: Mapping[str, Any]) -> frozenset[str]:
+    name = "target_parameters"
+    parameters = values.get(name) or []
+    is_allowed = isinstance(parameters, list) and all(
+        isinstance(parameter, str) and parameter.endswith(".weight") for parameter in parameters
+    )
+    _check(
+        name,
+        parameters,
+        is_allowed,
+        'a list of names that end in ".weight", as "gate.weight"; LoRA on the weights of experts '
+        "is not served",
+    )
+    return frozenset(parameter.removesuffix(".weight") for parameter in parameters)
 
 
 def _read_layers(values: Mapping[str, Any]) -> frozenset[int] | None:

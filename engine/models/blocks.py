@@ -137,7 +137,15 @@ class Attention(Module):
         return self.out_proj(batch.attend(self.layer, q, k, v, self.window), batch)
 
 
-class MLP(Module):
+class FeedForward(Module):
+    """The part of a block in which tokens are alone."""
+
+    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """x and the result: [num_tokens, hidden]."""
+        raise NotImplementedError
+
+
+class MLP(FeedForward):
     """Up, activation, down. Where it is gated, up has the gate first, and the activation halves the
     width (ops.silu_and_mul)."""
 
@@ -166,7 +174,7 @@ class PreNormLayer(Layer):
     """A norm before attention, and one before the MLP."""
 
     def __init__(
-        self, attention_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: MLP
+        self, attention_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: FeedForward
     ) -> None:
         self.attention_norm = attention_norm
         self.attention = attention
@@ -189,7 +197,7 @@ class SandwichNormLayer(Layer):
         attention: Attention,
         attention_out_norm: Norm,
         mlp_norm: Norm,
-        mlp: MLP,
+        mlp: FeedForward,
         mlp_out_norm: Norm,
     ) -> None:
         self.attention_norm = attention_norm
@@ -211,7 +219,7 @@ class PostNormLayer(Layer):
     """Norms of what attention and MLP give, none of what they take."""
 
     def __init__(
-        self, attention: Attention, attention_norm: Norm, mlp: MLP, mlp_norm: Norm
+        self, attention: Attention, attention_norm: Norm, mlp: FeedForward, mlp_norm: Norm
     ) -> None:
         self.attention = attention
         self.attention_norm = attention_norm
@@ -229,7 +237,7 @@ class PostNormLayer(Layer):
 class ParallelLayer(Layer):
     """Attention and MLP beside each other, behind one norm."""
 
-    def __init__(self, norm: Norm, attention: Attention, mlp: MLP) -> None:
+    def __init__(self, norm: Norm, attention: Attention, mlp: FeedForward) -> None:
         self.norm = norm
         self.attention = attention
         self.mlp = mlp

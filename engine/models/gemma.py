@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from loraplex.engine.models.blocks import (
-    MLP,
+    FeedForward,
     ForwardBatch,
     HeadNormSplit,
     HeadSplit,
@@ -46,11 +46,11 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
             self.make_attention(index, f"{prefix}self_attn."),
             self.make_norm(f"{prefix}post_attention_layernorm", hidden),
             self.make_norm(f"{prefix}pre_feedforward_layernorm", hidden),
-            self.make_mlp(f"{prefix}mlp."),
+            self.make_mlp(index, f"{prefix}mlp."),
             self.make_norm(f"{prefix}post_feedforward_layernorm", hidden),
         )
 
-    def make_mlp(self, prefix: str) -> MLP:
+    def make_mlp(self, index: int, prefix: str) -> FeedForward:
         return self.gated_mlp(prefix, "hidden_activation")
 
     @property

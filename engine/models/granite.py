@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from loraplex.engine.models.blocks import MLP, Attention, ForwardBatch, Layer, PreNormLayer
+from loraplex.engine.models.blocks import Attention, FeedForward, ForwardBatch, Layer, PreNormLayer
 from loraplex.engine.models.layers import Norm
 from loraplex.engine.models.llama import LlamaForCausalLM
 
@@ -23,7 +23,7 @@ class GraniteForCausalLM(LlamaForCausalLM):
             self.make_norm(f"{prefix}input_layernorm", hidden),
             self.make_attention(index, f"{prefix}self_attn."),
             self.make_norm(f"{prefix}post_attention_layernorm", hidden),
-            self.make_mlp(f"{prefix}mlp."),
+            self.make_mlp(index, f"{prefix}mlp."),
         )
 
     @property
@@ -44,7 +44,7 @@ class _GraniteLayer(PreNormLayer):
         attention_norm: Norm,
         attention: Attention,
         mlp_norm: Norm,
-        mlp: MLP,
+        mlp: FeedForward,
     ) -> None:
         super().__init__(attention_norm, attention, mlp_norm, mlp)
         self.multiplier = multiplier

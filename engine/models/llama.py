@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraplex.engine.models.blocks import MLP, HeadNormSplit, HeadSplit, Layer, PreNormLayer
+from loraplex.engine.models.blocks import FeedForward, HeadNormSplit, HeadSplit, Layer, PreNormLayer
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.rope import Rope, no_positions
 
@@ -16,10 +16,10 @@ class LlamaForCausalLM(Decoder):
             self.make_norm(f"{prefix}input_layernorm", hidden),
             self.make_attention(index, f"{prefix}self_attn."),
             self.make_norm(f"{prefix}post_attention_layernorm", hidden),
-            self.make_mlp(f"{prefix}mlp."),
+            self.make_mlp(index, f"{prefix}mlp."),
         )
 
-    def make_mlp(self, prefix: str) -> MLP:
+    def make_mlp(self, index: int, prefix: str) -> FeedForward:
         has_bias = getattr(self.config, "mlp_bias", False)
         return self.gated_mlp(prefix, "hidden_act", has_bias)
 

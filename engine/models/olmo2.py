@@ -14,7 +14,7 @@ class Olmo2ForCausalLM(LlamaForCausalLM):
         return PostNormLayer(
             self.make_attention(index, f"{prefix}self_attn."),
             self.make_norm(f"{prefix}post_attention_layernorm", hidden),
-            self.make_mlp(f"{prefix}mlp."),
+            self.make_mlp(index, f"{prefix}mlp."),
             self.make_norm(f"{prefix}post_feedforward_layernorm", hidden),
         )
 

@@ -91,3 +91,17 @@ def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
     """Semantics: gate, up = gate_up.chunk(2, -1); gelu_tanh(gate) * up"""
     gate, up = gate_up.chunk(2, -1)
     return gelu_tanh(gate) * up
+
+
+def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x by matrices of their own: x [num_rows, in_features], weights [num_groups,
+    out_features, in_features], ends int32 [num_groups].
+
+    Semantics: out[ends[g - 1] : ends[g]] = x[ends[g - 1] : ends[g]] @ weights[g].T
+    """
+    if x.is_cuda and x.dtype != torch.bfloat16:
+        # torch has no kernel; not for CUDA graphs, which such dtypes have not.
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        parts = zip(x.split(sizes), weights, strict=True)
+        return torch.cat([F.linear(rows, weight) for rows, weight in parts])
+    return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)

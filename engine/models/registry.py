@@ -28,6 +28,7 @@ from loraplex.engine.models.llama import (
 )
 from loraplex.engine.models.loader import fill_dummy_weights, load_weights
 from loraplex.engine.models.locate import locate_model
+from loraplex.engine.models.moe import MixtralForCausalLM, Qwen3MoeForCausalLM
 from loraplex.engine.models.multimodal import (
     Gemma3ForConditionalGeneration,
     Mistral3ForConditionalGeneration,
@@ -75,6 +76,8 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
         CohereForCausalLM,
         Cohere2ForCausalLM,
         StableLmForCausalLM,
+        MixtralForCausalLM,
+        Qwen3MoeForCausalLM,
         Gemma3ForConditionalGeneration,
         Mistral3ForConditionalGeneration,
     )

@@ -36,7 +36,7 @@ def parse(**values):
         ("megatron_config", {"hidden": 1}, "off"),
         ("layer_replication", [[0, 4], [2, 5]], "off"),
         ("trainable_token_indices", [1], "off"),
-        ("target_parameters", ["experts.gate_up_proj"], "off"),
+        ("target_parameters", ["gate.weight", "gate_up_proj"], "weights of experts is not served"),
         ("arrow_config", {"top_k": 3}, "off"),
         ("kasa_config", {"beta": 1}, "off"),
         ("monteclora_config", {"num_samples": 8}, "off"),
@@ -248,3 +248,11 @@ def test_fingerprint_changes_with_the_files(tmp_path: Path):
     seen.add(adapter_fingerprint(path))
     assert len(seen) == 4
     assert adapter_fingerprint("no\0where") == adapter_fingerprint("/nowhere")
+
+
+def test_routers_are_targeted_by_their_weight():
+    config = parse(target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
+    assert config.targets("model.layers.0.mlp.gate")
+    assert config.targets(Q0)
+    assert not config.targets("model.layers.0.gate")
+    assert not config.targets("model.layers.0.mlp.experts")

@@ -151,6 +151,15 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "stablelm", "head_dim": None, "hidden_size": 288, "qk_layernorm": True,
         "use_parallel_residual": True,
     },
+    "Mixtral": {"model_type": "mixtral", "head_dim": 96, "num_local_experts": 4},
+    "Qwen3-MoE": {
+        "model_type": "qwen3_moe", "num_experts": 5, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40, "norm_topk_prob": True,
+    },
+    "Qwen3-MoE, a dense layer": {
+        "model_type": "qwen3_moe", "num_experts": 5, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40, "mlp_only_layers": [0],
+    },
 }  # fmt: skip
 VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -198,10 +207,9 @@ FALLBACK_CASES: dict[str, dict[str, Any]] = {
     },
     "Nemotron": {"model_type": "nemotron"},
     "Seed-OSS": {"model_type": "seed_oss"},
-    "Mixtral": {"model_type": "mixtral", "head_dim": 96, "num_local_experts": 4},
-    "Qwen3-MoE": {
-        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 40, "mlp_only_layers": [0],
+    "OLMoE": {
+        "model_type": "olmoe", "head_dim": None, "hidden_size": 240, "num_experts": 4,
+        "num_experts_per_tok": 2,
     },
 }  # fmt: skip
 
@@ -225,10 +233,13 @@ def architecture_of(config: PreTrainedConfig) -> str:
 def write_tiny_model(config: PreTrainedConfig, directory: Path) -> dict[str, Path]:
     """Write a random model to directory/model; returns PEFT adapters on all of its linears.
 
-    Of models with experts, on those of attention: PEFT has experts as parameters.
+    Of models with experts, on those of attention and, where they are served, on routers.
     """
     has_experts = "num_experts" in config.to_dict() or "num_local_experts" in config.to_dict()
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if has_experts else "all-linear"
+    # Where all layers have one, and not through transformers' implementation.
+    has_router = has_experts and config.model_type != "olmoe"
+    has_router = has_router and not getattr(config, "mlp_only_layers", None)
     if config.get_text_config() is not config:
         targets = r"model\.language_model\..*_proj"
     torch.manual_seed(0)
@@ -239,7 +250,11 @@ def write_tiny_model(config: PreTrainedConfig, directory: Path) -> dict[str, Pat
     adapters = {}
     for name, rank in (("small", 3), ("large", 12)):
         lora = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=targets,
+            target_parameters=["gate.weight"] if has_router else None,
+            task_type="CAUSAL_LM",
         )
         peft_model = get_peft_model(model, lora)
         for parameter in peft_model.parameters():

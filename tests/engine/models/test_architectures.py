@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -10,24 +9,18 @@ import torch
 from architectures import (
     CASES,
     FALLBACK_CASES,
-    SIZES,
     architecture_of,
     tiny_config,
     write_tiny_model,
 )
 from model_table import DOCUMENT, render_document
-from oracle import Oracle
 from safetensors.torch import load_file, save_file
+from tiny_models import check_tiny_model
 
-from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.models.config import read_model_config
 from loraplex.engine.models.registry import ARCHITECTURES, build_model
 
-PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0, detokenize=False)
-# Five at least: the case with long rope factors was trained for four positions.
-PROMPT_LENGTHS = (5, 13, 40)
-MAX_MODEL_LEN = 60
 CPU = torch.device("cpu")
 # Tensors of older checkpoints that carry nothing.
 IGNORED = {
@@ -38,31 +31,7 @@ IGNORED = {
 
 @pytest.mark.parametrize("case", [*CASES, *FALLBACK_CASES])
 def test_a_mixed_batch_equals_transformers_and_peft(case: str, tmp_path: Path, one_thread: None):
-    config = tiny_config(case)
-    adapters = write_tiny_model(config, tmp_path)
-    rng = random.Random(0)
-    prompts, names = [], []
-    for length in PROMPT_LENGTHS:
-        for name in (None, *adapters):
-            prompts.append([rng.randrange(SIZES["vocab_size"]) for _ in range(length)])
-            names.append(name)
-    options = {
-        "dtype": "float32", "device": "cpu", "skip_tokenizer_init": True,
-        "max_model_len": MAX_MODEL_LEN,
-    }  # fmt: skip
-    # So few tokens in a step that the long prompts come in chunks, beside others that decode.
-    with LLM(
-        str(tmp_path / "model"), max_num_batched_tokens=16, max_num_seqs=8, pool_bytes=1 << 23,
-        **options,
-    ) as llm:  # fmt: skip
-        outputs = llm.generate(
-            prompts,
-            PARAMS,
-            lora_request=[name and LoRARequest(name, str(adapters[name])) for name in names],
-            use_tqdm=False,
-        )
-        llm.check_integrity()
-    Oracle(tmp_path / "model", adapters).assert_equals(names, outputs)
+    check_tiny_model(case, tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize(

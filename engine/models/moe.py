@@ -1,0 +1,111 @@
+"""Mixtures of experts: Mixtral and Qwen3-MoE.
+
+Nothing here waits for the device: each token's experts are found, sorted and multiplied by there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from loraplex.engine.models import ops
+from loraplex.engine.models.blocks import FeedForward, ForwardBatch
+from loraplex.engine.models.layers import Linear, Module
+from loraplex.engine.models.llama import LlamaForCausalLM, Qwen3ForCausalLM
+from loraplex.engine.models.weights import NamedPlaces
+
+Tensor = torch.Tensor
+
+
+class Experts(Module):
+    """The gated MLPs of all experts of a layer."""
+
+    def __init__(self, prefix: str, num_experts: int, hidden: int, size: int, like: Tensor) -> None:
+        """size: of what is between up and down; like: has the dtype and device to use."""
+        self.prefix = prefix
+        self._sizes = num_experts, hidden, size
+        self._like = like
+
+    def named_weights(self) -> NamedPlaces:
+        num_experts, hidden, size = self._sizes
+        self.gate_up = self._like.new_empty(num_experts, 2 * size, hidden)
+        self.down = self._like.new_empty(num_experts, hidden, size)
+        for expert in range(num_experts):
+            yield f"{self.prefix}{expert}.gate_proj.weight", self.gate_up[expert, :size]
+            yield f"{self.prefix}{expert}.up_proj.weight", self.gate_up[expert, size:]
+            yield f"{self.prefix}{expert}.down_proj.weight", self.down[expert]
+
+    def __call__(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [num_rows, hidden], sorted by expert; ends int32 [num_experts], where the rows of each
+        end; the result is like x."""
+        return ops.grouped_linear(
+            ops.silu_and_mul(ops.grouped_linear(x, self.gate_up, ends)), self.down, ends
+        )
+
+
+class SparseMLP(FeedForward):
+    """Each token goes to the experts that a router likes best, and gets their weighted sum."""
+
+    def __init__(
+        self, router: Linear, experts: Experts, num_per_token: int, is_normalised: bool
+    ) -> None:
+        """is_normalised: the weights of a token's experts are made to sum to 1."""
+        self.router = router
+        self.experts = experts
+        self.num_per_token = num_per_token
+        self.is_normalised = is_normalised
+
+    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        scores = self.router(x, batch).float().softmax(-1)
+        weights, chosen = scores.topk(self.num_per_token, dim=-1)
+        if self.is_normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)
+        every = torch.arange(scores.shape[1], device=x.device)
+        ends = (chosen.flatten() == every[:, None]).sum(1).cumsum(0).int()
+        y = self.experts(x[order // self.num_per_token], ends)
+        # Back in the order of tokens, so that sums are the same each time.
+        y = y[order.argsort()].view(*chosen.shape, -1)
+        return (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+def _make_mlp(model: LlamaForCausalLM, prefix: str, num_experts: int, size: int) -> SparseMLP:
+    config: Any = model.config
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("quantization_config of this model is not supported: it has experts")
+    router = model.linear(prefix, config.hidden_size, {"gate": num_experts})
+    experts = Experts(f"{prefix}experts.", num_experts, config.hidden_size, size, router.like)
+    is_normalised = getattr(config, "norm_topk_prob", True)
+    return SparseMLP(router, experts, config.num_experts_per_tok, is_normalised)
+
+
+class MixtralForCausalLM(LlamaForCausalLM):
+    """Llama with experts in place of the MLP."""
+
+    SUPPORTED = {"hidden_act": ("silu",)}
+    OTHER_PARTS = {
+        ".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.",
+        ".w3.": ".up_proj.",
+    }  # fmt: skip
+
+    def make_mlp(self, index: int, prefix: str) -> FeedForward:
+        return _make_mlp(self, prefix, self.config.num_local_experts, self.config.intermediate_size)
+
+    def current_name(self, name: str) -> str:
+        for old, new in self.OTHER_PARTS.items():
+            name = name.replace(old, new)
+        return name
+
+
+class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
+    """Qwen3 with experts in place of the MLP, in most layers."""
+
+    SUPPORTED = {"hidden_act": ("silu",)}
+
+    def make_mlp(self, index: int, prefix: str) -> FeedForward:
+        config = self.config
+        is_dense = index in config.mlp_only_layers or (index + 1) % config.decoder_sparse_step
+        if is_dense:
+            return super().make_mlp(index, prefix)
+        return _make_mlp(self, prefix, config.num_experts, config.moe_intermediate_size)

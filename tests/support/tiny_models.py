@@ -1,0 +1,41 @@
+"""Runs a tiny model of an architecture, with adapters, and compares it with the oracle."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from architectures import SIZES, tiny_config, write_tiny_model
+from oracle import Oracle
+
+from loraplex import LLM, LoRARequest, SamplingParams
+
+PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0, detokenize=False)
+# Five at least: the case with long rope factors was trained for four positions.
+PROMPT_LENGTHS = (5, 13, 40)
+MAX_MODEL_LEN = 60
+
+
+def check_tiny_model(case: str, directory: Path, device: str) -> None:
+    """Greedy tokens and log-probabilities of a batch that mixes the base model with adapters, in
+    float32, are those of transformers and PEFT. The directory must be empty."""
+    adapters = write_tiny_model(tiny_config(case), directory)
+    rng = random.Random(0)
+    prompts, names = [], []
+    for length in PROMPT_LENGTHS:
+        for name in (None, *adapters):
+            prompts.append([rng.randrange(SIZES["vocab_size"]) for _ in range(length)])
+            names.append(name)
+    # So few tokens in a step that the long prompts come in chunks, beside others that decode.
+    with LLM(
+        str(directory / "model"), dtype="float32", device=device, max_num_batched_tokens=16,
+        max_num_seqs=8, max_model_len=MAX_MODEL_LEN, pool_bytes=1 << 23, skip_tokenizer_init=True,
+    ) as llm:  # fmt: skip
+        outputs = llm.generate(
+            prompts,
+            PARAMS,
+            lora_request=[name and LoRARequest(name, str(adapters[name])) for name in names],
+            use_tqdm=False,
+        )
+        llm.check_integrity()
+    Oracle(directory / "model", adapters).assert_equals(names, outputs)
