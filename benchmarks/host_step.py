@@ -44,6 +44,12 @@ class NullStore:
     def drop(self, version):
         pass
 
+    def holds(self, version):
+        return True
+
+    def read_interval(self, version):
+        return 0.0, 0.0
+
     def stats(self):
         return {}
 

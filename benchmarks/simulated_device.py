@@ -105,6 +105,7 @@ class SimulatedFiles:
     """An adapter that is nothing but its name."""
 
     name: str
+    num_downloads: int = 0
 
     @property
     def key(self) -> bytes:
@@ -148,6 +149,12 @@ class SimulatedStore:
 
     def drop(self, version: bytes) -> None:
         pass
+
+    def holds(self, version: bytes) -> bool:
+        return True
+
+    def read_interval(self, version: bytes) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def stats(self) -> dict[str, Any]:
         return {}

@@ -68,7 +68,7 @@ class AdapterLifecycle:
         if adapter is None or adapter.pinned_tier is None:
             raise RequestError(f"adapter {lora_request.lora_name!r} is not pinned", status=404)
         self._adapters.unpin(adapter)
-        return describe(adapter)
+        return self._describe(adapter)
 
     def unload(self, lora_request: LoRARequest, delete_files: bool = False) -> list[Adapter]:
         """Forget an adapter, whoever has read it with whatever token: what it takes is freed when
@@ -84,6 +84,10 @@ class AdapterLifecycle:
             self._adapters.unload_unused(adapter)
         self._delete_files()
         return [adapter for adapter in adapters if adapter.num_requests > 0]
+
+    def describe_all(self) -> list[dict[str, Any]]:
+        """The state of each adapter that is known."""
+        return [self._describe(adapter) for adapter in self._adapters]
 
     @property
     def is_busy(self) -> bool:
@@ -108,6 +112,18 @@ class AdapterLifecycle:
             del self._operations[operation]
         return self._lacks_memory
 
+    def _describe(self, adapter: Adapter) -> dict[str, Any]:
+        paths = {path for identity in adapter.identities for path in identity.paths}
+        return {
+            "lora_name": adapter.lora_request.lora_name,
+            "references": sorted(paths),
+            "version": adapter.version.hex(),
+            "tier": self._adapters.tier(adapter),
+            "num_pages": len(adapter.pages),
+            "pinned": adapter.pinned_tier,
+            "num_requests": adapter.num_requests,
+        }
+
     def _start(self, operation: Operation) -> Future[dict[str, Any]]:
         future: Future[dict[str, Any]] = Future()
         self._operations[operation] = future
@@ -128,7 +144,7 @@ class AdapterLifecycle:
         adapter = yield from self._find(lora_request)
         with self._held(adapter):
             yield from self._bring(adapter, tier, pin)
-            return describe(adapter)
+            return self._describe(adapter)
 
     def _refresh(self, lora_request: LoRARequest) -> Operation:
         identity = self._store.identify(lora_request)
@@ -141,7 +157,7 @@ class AdapterLifecycle:
         with self._held(adapter):
             if adapter is old:
                 adapter.files.close()
-                return describe(adapter) | {"changed": False}
+                return self._describe(adapter) | {"changed": False}
             yield from self._read(adapter)
             self._resolver.replace(identity, adapter)
             self._resolver.expire(identity)
@@ -150,7 +166,7 @@ class AdapterLifecycle:
                 self._adapters.unpin(old)
                 self._adapters.unload_unused(old)
                 yield from self._bring(adapter, tier, pin=True)
-            return describe(adapter) | {"changed": True}
+            return self._describe(adapter) | {"changed": True}
 
     def _find(self, lora_request: LoRARequest) -> Generator[None, None, Adapter]:
         told: list[Outcome] = []
@@ -207,15 +223,3 @@ class AdapterLifecycle:
         finally:
             adapter.num_holds -= 1
             self._adapters.unload_unused(adapter)
-
-
-def describe(adapter: Adapter) -> dict[str, Any]:
-    """An adapter's state, for users."""
-    return {
-        "lora_name": adapter.lora_request.lora_name,
-        "references": sorted({path for identity in adapter.identities for path in identity.paths}),
-        "version": adapter.version.hex(),
-        "num_pages": len(adapter.pages),
-        "pinned": adapter.pinned_tier,
-        "num_requests": adapter.num_requests,
-    }

@@ -15,6 +15,8 @@ A version that nobody can ask for any more is unloaded: its pages, its image and
 from __future__ import annotations
 
 import enum
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -23,6 +25,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from loraplex.engine.adapter_counts import AdapterTally
 from loraplex.engine.page_pool import PagePool, PageState
 from loraplex.engine.request import LoRARequest, Request, RequestStatus
 from loraplex.lora.recipe import Merge
@@ -54,6 +57,10 @@ class AdapterFiles(Protocol):
     @property
     def key(self) -> bytes:
         """The adapter's version: the same key, the same weights."""
+
+    @property
+    def num_downloads(self) -> int:
+        """How many of its parts had to be downloaded."""
 
     def close(self) -> None: ...
 
@@ -87,6 +94,12 @@ class AdapterStore(Protocol):
         before_steps: steps launched from now on wait for it, on the device.
         """
 
+    def holds(self, version: bytes) -> bool:
+        """Whether the image is in host memory."""
+
+    def read_interval(self, version: bytes) -> tuple[float, float]:
+        """When an image that is in host memory was asked for, and was there: time.monotonic()."""
+
     def drop(self, version: bytes) -> None:
         """Forget the image."""
 
@@ -115,6 +128,7 @@ class Adapter:
 
     __slots__ = (
         "copy",
+        "copy_interval",
         "files",
         "identities",
         "lora_request",
@@ -125,6 +139,7 @@ class Adapter:
         "page_table",
         "pages",
         "pinned_tier",
+        "read_interval",
         "residency",
         "sort_key",
         "traits",
@@ -155,6 +170,8 @@ class Adapter:
         self.num_uses = 0
         """Requests that used it so far."""
         self.copy: Future[None] | None = None
+        self.read_interval = self.copy_interval = 0.0, 0.0
+        """When it was last read into host memory, and copied to the pool: time.monotonic()."""
 
     @property
     def is_wanted(self) -> bool:
@@ -197,9 +214,11 @@ class AdapterManager:
         self.num_loads = 0
         self.num_evictions = 0
         self.num_pinned_pages = 0
+        self.tally = AdapterTally()
 
     def adopt(self, lora_request: LoRARequest, files: AdapterFiles) -> Adapter:
         """The adapter of these files, which it may not have yet, or have had before."""
+        self.tally[lora_request.lora_name].downloads += files.num_downloads
         adapter = self._adapters.get(files.key)
         if adapter is None:
             adapter = self._adapters[files.key] = Adapter(lora_request, files, self._num_created)
@@ -212,10 +231,15 @@ class AdapterManager:
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._adapters.values())
 
-    def enter(self, adapter: Adapter) -> None:
-        """A request for it waits from now on: have its image read into host memory, if it is not
-        there. Errors wait for `num_pages`."""
+    def enter(self, adapter: Adapter, name: str) -> None:
+        """A request for it by this name waits from now on: have its image read into host memory, if
+        it is not there. Errors wait for `num_pages`."""
         adapter.num_requests += 1
+        counts = self.tally[name]
+        if adapter.residency is Residency.RESIDENT:
+            counts.hits += 1
+        else:
+            counts.misses += 1
         if adapter.residency is not Residency.ABSENT:
             adapter.files.close()
             return
@@ -264,6 +288,9 @@ class AdapterManager:
         is_awaited = num_pages <= self._num_awaitable
         copy = self._store.copy_to_pages(adapter.version, adapter.pages, after_steps, is_awaited)
         self.num_loads += 1
+        self.tally[adapter.lora_request.lora_name].loads += 1
+        adapter.read_interval = self._store.read_interval(adapter.version)
+        adapter.copy_interval = time.monotonic(), math.inf
         if is_awaited:
             self._num_awaitable -= num_pages
             self._make_resident(adapter)
@@ -290,6 +317,7 @@ class AdapterManager:
 
     def _make_resident(self, adapter: Adapter) -> None:
         adapter.residency = Residency.RESIDENT
+        adapter.copy_interval = adapter.copy_interval[0], time.monotonic()
         self._lend(adapter, self._pool.policy.rank_awaited())
 
     def acquire(self, adapter: Adapter) -> None:
@@ -340,6 +368,7 @@ class AdapterManager:
 
     def reclaim(self, adapter: Adapter) -> list[int]:
         self.num_evictions += 1
+        self.tally[adapter.lora_request.lora_name].evictions += 1
         return self._take_pages(adapter)
 
     def _take_pages(self, adapter: Adapter) -> list[int]:
@@ -347,6 +376,12 @@ class AdapterManager:
         adapter.page_table = np.empty(0, np.int32)
         adapter.residency = Residency.ABSENT
         return pages
+
+    def tier(self, adapter: Adapter) -> str:
+        """The nearest place where it is: "pool", "host" or "disk"."""
+        if adapter.residency is Residency.RESIDENT:
+            return "pool"
+        return "host" if self._store.holds(adapter.version) else "disk"
 
     def num_resident(self) -> int:
         return sum(a.residency is Residency.RESIDENT for a in self._adapters.values())

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from itertools import islice
 from typing import Any, Protocol
 
-from loraplex.engine.adapter_lifecycle import AdapterLifecycle, describe
+from loraplex.engine.adapter_lifecycle import AdapterLifecycle
 from loraplex.engine.adapter_manager import AdapterManager, AdapterStore, Tier
 from loraplex.engine.adapter_resolver import AdapterResolver
 from loraplex.engine.config import EngineConfig
@@ -246,7 +246,7 @@ class EngineCore:
 
     def adapters(self) -> list[dict[str, Any]]:
         """The state of each adapter that the engine knows."""
-        return [describe(adapter) for adapter in self._adapters]
+        return self._lifecycle.describe_all()
 
     def has_unfinished_requests(self) -> bool:
         """Whether there is anything to step for."""
@@ -275,6 +275,7 @@ class EngineCore:
             "preemptions": self._scheduler.num_preemptions,
             "adapter_loads": self._adapters.num_loads,
             "adapter_evictions": self._adapters.num_evictions,
+            "adapters": self._adapters.tally.as_dict(),
             **self._device.adapter_store.stats(),
             "prefix_hit_tokens": self._scheduler.num_prefix_hit_tokens,
             "prompt_tokens": self._scheduler.num_prompt_tokens,

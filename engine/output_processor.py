@@ -129,6 +129,11 @@ class OutputProcessor:
         result, total = completion.output, completion.request.output
         if total.metrics.first_scheduled_time == 0.0:
             total.metrics.first_scheduled_time = output.first_scheduled_time
+            wait = output.adapter_wait
+            if wait is not None:
+                total.metrics.download_seconds = wait.download
+                total.metrics.host_load_seconds = wait.host_load
+                total.metrics.copy_seconds = wait.copy
         if output.new_token_ids and total.metrics.first_token_time == 0.0:
             total.metrics.first_token_time = now
         if result.index == 0:

@@ -39,6 +39,24 @@ class RequestMetrics:
     first_scheduled_time: float = 0.0
     first_token_time: float = 0.0
     finished_time: float = 0.0
+    download_seconds: float = 0.0
+    """Of the time before the first turn: until the adapter's version was known, and its files were
+    on this machine."""
+    host_load_seconds: float = 0.0
+    """... while the adapter was read into host memory."""
+    copy_seconds: float = 0.0
+    """... while the adapter was copied to the pool."""
+
+    @property
+    def queue_seconds(self) -> float:
+        """The rest of the time before the first turn."""
+        waited = self.first_scheduled_time - self.arrival_time
+        return waited - self.download_seconds - self.host_load_seconds - self.copy_seconds
+
+    @property
+    def prefill_seconds(self) -> float:
+        """From the first turn to the first token."""
+        return self.first_token_time - self.first_scheduled_time
 
 
 @dataclass(slots=True)

@@ -37,6 +37,10 @@ class FetchedParts:
         return blake2b(keys + repr(self.merge).encode(), digest_size=16).digest()
 
     @property
+    def num_downloads(self) -> int:
+        return sum(part.was_downloaded for part in self.parts)
+
+    @property
     def recipe(self) -> Recipe:
         paths = tuple(str(part.directory) for part in self.parts)
         return paths[0] if self.merge is None else MergeRecipe(paths, self.merge)
@@ -101,6 +105,12 @@ class PooledAdapters:
         self, version: bytes, pages: list[int], after_steps: bool, before_steps: bool
     ) -> Future[None]:
         return self._store.copy_to_pages(version, self._memory, pages, after_steps, before_steps)
+
+    def holds(self, version: bytes) -> bool:
+        return self._store.holds(version)
+
+    def read_interval(self, version: bytes) -> tuple[float, float]:
+        return self._store.read_interval(version)
 
     def drop(self, version: bytes) -> None:
         self._store.drop(version)

@@ -201,12 +201,24 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     first_scheduled_time: float = 0.0
+    adapter_wait: AdapterWait | None = None
     error: str | None = None
     """With finish_reason "error": what was wrong, in words for the user."""
     error_status: int = 500
     """The HTTP status that fits the error: 400 for the user's mistake, 404 not found, 500 ours."""
     retry_after: float | None = None
     """Seconds after which the same request may succeed, where that is known."""
+
+
+class AdapterWait(msgspec.Struct, array_like=True):
+    """How long a request waited for its adapter before its first turn, in seconds."""
+
+    download: float = 0.0
+    """For its version to be known, and its files to be on this machine."""
+    host_load: float = 0.0
+    """While it was read into host memory."""
+    copy: float = 0.0
+    """While it was copied to the pool."""
 
 
 class RequestStatus(enum.Enum):
@@ -230,12 +242,14 @@ class Request:
     __slots__ = (
         "adapter",
         "adapter_start",
+        "adapter_wait",
         "all_token_ids",
         "block_hashes",
         "block_table",
         "first_scheduled_time",
         "grammar",
         "max_num_tokens",
+        "entered_time",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_keyed_blocks",
@@ -269,7 +283,8 @@ class Request:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
-        self.first_scheduled_time = 0.0
+        self.entered_time = self.first_scheduled_time = 0.0
+        self.adapter_wait: AdapterWait | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []
         # Prompt tokens that launched steps score: prompt_logprobs has them or will have.
         self.num_scored_tokens = 0
@@ -300,6 +315,11 @@ class Request:
         return self.wire.sampling_params.prompt_logprobs is not None
 
     @property
+    def adapter_name(self) -> str:
+        """Empty for the base model."""
+        return "" if self.wire.lora_request is None else self.wire.lora_request.lora_name
+
+    @property
     def adapter_version(self) -> bytes:
         """Empty for the base model."""
         return b"" if self.adapter is None else self.adapter.version
@@ -310,6 +330,15 @@ class Request:
         if num_computed_tokens < self.adapter_start:
             end = min(end, self.adapter_start)
         return min(end - num_computed_tokens, budget)
+
+    def note_first_turn(self) -> None:
+        """It runs from now on, for the first time, after waiting since entered_time."""
+        self.first_scheduled_time = now = time.monotonic()
+        if self.adapter is not None:
+            wait = self.adapter_wait = self.adapter_wait or AdapterWait()
+            waited = self.entered_time, now
+            wait.host_load = _overlap(waited, self.adapter.read_interval)
+            wait.copy = _overlap(waited, self.adapter.copy_interval)
 
     def find_adapter_start(self) -> None:
         """Called when the adapter is in the pool."""
@@ -348,6 +377,7 @@ class Request:
         if self.num_output_tokens <= 1:
             output.num_cached_tokens = self.num_cached_tokens
             output.first_scheduled_time = self.first_scheduled_time
+            output.adapter_wait = self.adapter_wait
             if self.wants_prompt_logprobs:
                 output.prompt_logprobs = self.prompt_logprobs
         return output
@@ -359,6 +389,10 @@ class Request:
         output.error_status = getattr(error, "status", 400)
         output.retry_after = getattr(error, "retry_after", None)
         return output
+
+
+def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
 
 
 class RequestError(ValueError):

@@ -18,6 +18,7 @@ from loraplex.engine.grammar import CompilingRequests, dead_end
 from loraplex.engine.kv_manager import KVManager
 from loraplex.engine.page_pool import PagePool
 from loraplex.engine.request import (
+    AdapterWait,
     EngineOutput,
     FinishReason,
     Request,
@@ -105,6 +106,7 @@ class Scheduler:
         if not is_known:
             request.status = RequestStatus.FETCHING
             self._num_fetching += 1
+            request.entered_time = time.monotonic()
             return
         if request.grammar is None:
             request.status = RequestStatus.WAITING
@@ -113,11 +115,14 @@ class Scheduler:
             request.status = RequestStatus.COMPILING
             self._waiting.expect(request)
             self._compiling.add(request)
+        request.entered_time = time.monotonic()
         if request.adapter is not None:
-            self._adapters.enter(request.adapter)
+            self._adapters.enter(request.adapter, request.adapter_name)
 
     def _take_answer(self, request: Request, outcome: Adapter | ValueError) -> None:
         """Queue a request whose adapter is known now, or end it if there is none for it."""
+        self._num_fetching -= 1
+        request.adapter_wait = AdapterWait(download=time.monotonic() - request.entered_time)
         try:
             if isinstance(outcome, ValueError):
                 raise outcome
@@ -126,10 +131,10 @@ class Scheduler:
         except ValueError as error:
             if request.adapter is not None:
                 request.adapter.files.close()
-            self._num_fetching -= 1
+            else:
+                self._adapters.tally[request.adapter_name].failures += 1
             self._finish_with_error(request, error)
         else:
-            self._num_fetching -= 1
             self._enqueue(request, is_known=True)
 
     def abort(self, request_id: str) -> None:
@@ -273,6 +278,7 @@ class Scheduler:
             num_pages = self._adapters.num_pages(adapter)
         except ValueError:
             self._resolver.forget(adapter)
+            self._adapters.tally[request.adapter_name].failures += 1
             raise
         if num_pages is None:
             return None
@@ -315,7 +321,7 @@ class Scheduler:
         self._running.append(request)
         request.status = RequestStatus.RUNNING
         if request.num_preemptions == 0:
-            request.first_scheduled_time = time.monotonic()
+            request.note_first_turn()
             request.num_cached_tokens = num_computed_tokens
             self.num_prefix_hit_tokens += num_computed_tokens
             self.num_prompt_tokens += request.num_prompt_tokens

@@ -20,13 +20,30 @@ GAUGES = {
     "num_running": ("num_requests_running", "Requests that run."),
     "num_waiting": ("num_requests_waiting", "Requests that wait for memory or their adapter."),
     "num_adapters_resident": ("num_adapters_resident", "Adapters in the page pool."),
+    "num_fetching": ("num_requests_fetching", "Those of them whose adapter is fetched."),
+    "host_adapters": ("num_adapters_in_host_memory", "Adapters in host memory."),
+    "host_adapter_bytes": ("host_adapter_bytes", "Bytes of adapters in host memory."),
     "page_bytes": ("page_bytes", "Bytes of a page."),
 }
+ADAPTER_COUNTERS = {
+    "hits": "Requests that found their adapter in the pool.",
+    "misses": "Requests that did not find their adapter in the pool.",
+    "loads": "Copies of the adapter into the pool.",
+    "evictions": "Times that the adapter's pages were reclaimed.",
+    "downloads": "Downloads of the adapter.",
+    "failures": "Requests that failed because their adapter could not be had or served.",
+}
+PHASES = ("queue", "download", "host_load", "copy", "prefill")
 COUNTERS = {
     "steps": ("engine_steps", "Steps of the engine."),
     "preemptions": ("num_preemptions", "Requests that gave their memory back and began again."),
     "adapter_loads": ("adapter_loads", "Adapters copied into the page pool."),
     "adapter_evictions": ("adapter_evictions", "Adapters whose pages were reclaimed."),
+    "host_adapter_reads": ("host_adapter_reads", "Adapters read into host memory."),
+    "host_adapter_drops": ("host_adapter_drops", "Adapters dropped from host memory."),
+    "adapter_fetches": ("adapter_fetches", "Times that an adapter's source was asked for it."),
+    "adapter_fetch_failures": ("adapter_fetch_failures", "Fetches that failed."),
+    "adapter_downloaded_bytes": ("adapter_downloaded_bytes", "Bytes of downloaded adapters."),
     "prefix_hit_tokens": ("prefix_cache_hit_tokens", "Prompt tokens found in the KV cache."),
 }
 
@@ -51,6 +68,14 @@ class CoreCollector(Collector):
         for key, (name, text) in COUNTERS.items():
             if key in stats:
                 yield CounterMetricFamily(f"loraplex_{name}", text, value=stats[key])
+        adapters = stats.get("adapters", {})
+        for key, text in ADAPTER_COUNTERS.items():
+            family = CounterMetricFamily(
+                f"loraplex_adapter_{key}_by_name", text, labels=["adapter"]
+            )
+            for name, counts in adapters.items():
+                family.add_metric([name], counts[key])
+            yield family
 
 
 class ServerMetrics:
@@ -94,6 +119,11 @@ class ServerMetrics:
             "loraplex_request_queue_time_seconds", "From arrival to the first step.",
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
+        self._phases = Histogram(
+            "loraplex_time_to_first_token_phase_seconds",
+            "What a request waited for until its first token.",
+            ["phase"], buckets=SECONDS, registry=registry,
+        )  # fmt: skip
         self._end_to_end = Histogram(
             "loraplex_e2e_request_latency_seconds", "From arrival to the last token.",
             buckets=SECONDS, registry=registry,
@@ -133,6 +163,8 @@ class ServerMetrics:
             self._queue.observe(times.first_scheduled_time - times.arrival_time)
         if times.first_token_time:
             self._first_token.observe(times.first_token_time - times.arrival_time)
+            for phase in PHASES:
+                self._phases.labels(phase).observe(max(0.0, getattr(times, f"{phase}_seconds")))
             if num_tokens > 1:
                 elapsed = times.finished_time - times.first_token_time
                 self._per_token.observe(elapsed / (num_tokens - 1))

@@ -47,6 +47,8 @@ class _Held:
 
     image: AdapterImage
     load_seconds: float
+    read_interval: tuple[float, float]
+    """When it was asked for, and was there."""
     awaited_until: float
     """Whoever asked for it has until then to copy it, before it may be dropped."""
     num_copies: int = 0
@@ -102,6 +104,7 @@ class HostAdapterStore:
         self._lock = Lock()
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
         self._failures: OrderedDict[Hashable, _Failure] = OrderedDict()
+        self._asked_at: dict[Hashable, float] = {}  # Of those that are not there yet.
         self._opening: set[Hashable] = set()
         self._queue: OrderedDict[Hashable, AdapterFiles] = OrderedDict()
         self._reading: set[Hashable] = set()
@@ -141,6 +144,7 @@ class HostAdapterStore:
                 self._start_reads()
                 return None
             self._opening.add(key)
+            self._asked_at[key] = self._clock()
         open_files().add_done_callback(partial(self._take_files, key))
         return None
 
@@ -152,6 +156,7 @@ class HostAdapterStore:
             queued = self._queue.pop(key, None)
             if queued is not None:
                 queued.close()
+                del self._asked_at[key]
             held = self._held.pop(key, None)
             if held is not None:
                 self._num_bytes -= held.image.num_bytes
@@ -242,6 +247,16 @@ class HostAdapterStore:
                 "load_seconds": self._load_seconds,
             }
 
+    def holds(self, key: Hashable) -> bool:
+        """Whether a key is in host memory."""
+        with self._lock:
+            return key in self._held
+
+    def read_interval(self, key: Hashable) -> tuple[float, float]:
+        """When a key that is in host memory was asked for, and was there, by the clock."""
+        with self._lock:
+            return self._held[key].read_interval
+
     def load_seconds(self, key: Hashable) -> float:
         """How long reading and packing took, of a key that is in host memory."""
         with self._lock:
@@ -252,7 +267,9 @@ class HostAdapterStore:
         with self._lock:
             self._is_closed = True
             while self._queue:
-                self._queue.popitem()[1].close()
+                key, files = self._queue.popitem()
+                files.close()
+                del self._asked_at[key]
         self._readers.shutdown()
         self._copiers.shutdown()
 
@@ -264,6 +281,7 @@ class HostAdapterStore:
             keys = [*self._held, *self._failures, *self._opening, *self._queue, *self._reading]
             assert len(keys) == len(set(keys)), "a key is in one state"
             assert self._unwanted <= self._opening | self._reading
+            assert self._asked_at.keys() == {*self._opening, *self._queue, *self._reading}
             assert all(held.num_copies >= 0 for held in self._held.values())
 
     # -- with the lock held ----------------------------------------------------------------
@@ -308,9 +326,13 @@ class HostAdapterStore:
         """Whether a key that is not opened or read any more was not dropped meanwhile."""
         is_unwanted = key in self._unwanted
         self._unwanted.discard(key)
-        return not is_unwanted and not self._is_closed
+        is_wanted = not is_unwanted and not self._is_closed
+        if not is_wanted:
+            self._asked_at.pop(key, None)
+        return is_wanted
 
     def _fail(self, key: Hashable, error: AdapterError) -> None:
+        self._asked_at.pop(key, None)
         self._failures[key] = _Failure(error, self._clock() + self._retry_seconds)
         self._num_failures += 1
 
@@ -361,7 +383,8 @@ class HostAdapterStore:
             if not self._is_wanted(key):
                 pass
             elif isinstance(outcome, AdapterImage):
-                self._held[key] = _Held(outcome, end - start, end + self._await_seconds)
+                interval = self._asked_at.pop(key, start), end
+                self._held[key] = _Held(outcome, end - start, interval, end + self._await_seconds)
                 self._num_bytes += outcome.num_bytes
                 self._num_loads += 1
                 self._loaded_bytes += outcome.num_bytes

@@ -6,6 +6,7 @@ the business of whoever calls it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import threading
@@ -52,6 +53,8 @@ class FetchedAdapter:
     """None: the files are where the user has them."""
     token: str | None = field(repr=False)
     """What they were read with, of the request's own."""
+    was_downloaded: bool = False
+    """Whether they were not here before."""
 
     @property
     def version(self) -> str:
@@ -267,6 +270,7 @@ class AdapterFetcher:
         listing = self._sources[reference.source].find(wanted, token, patience)
         if identity not in (None, listing.identity):
             raise AdapterChanged("its files have changed since it was asked for")
+        was_downloaded = False
         if listing.files is None:
             lease = self._cache.lease(listing.identity)
             if lease is None:
@@ -279,15 +283,23 @@ class AdapterFetcher:
                 return FetchedAdapter(
                     reference, listing.directory, listing.identity, num_bytes, None, token
                 )
-            lease = self._lease(listing, files, patience)
+            lease, was_downloaded = self._lease(listing, files, patience)
             if listing.alias is not None:
                 self._cache.remember(listing.alias, listing.identity)
         return FetchedAdapter(
-            reference, lease.directory, listing.identity, lease.num_bytes, lease, token
+            reference,
+            lease.directory,
+            listing.identity,
+            lease.num_bytes,
+            lease,
+            token,
+            was_downloaded,
         )
 
-    def _lease(self, listing: Listing, files: Sequence[SourceFile], patience: Patience) -> Lease:
-        """The files from the cache; first into it, if need be."""
+    def _lease(
+        self, listing: Listing, files: Sequence[SourceFile], patience: Patience
+    ) -> tuple[Lease, bool]:
+        """The files from the cache; first into it, if need be, which the second value says."""
         num_bytes, limit = sum(file.num_bytes for file in files), self._settings.max_adapter_bytes
         if num_bytes > limit:
             raise AdapterError(
@@ -297,14 +309,17 @@ class AdapterFetcher:
         lease = self._cache.lease(listing.identity)
         if lease is not None:
             self._count("cache_hits", 1)
-            return lease
+            return lease, False
+        num_written = itertools.count()
 
         def write(directory: Path) -> None:
             on_bytes = partial(self._count, "downloaded_bytes")
             download_files(listing, files, directory, patience, on_bytes)
             self._count("downloads", 1)
+            next(num_written)
 
-        return self._cache.fill(listing.identity, num_bytes, write, patience.next_timeout)
+        lease = self._cache.fill(listing.identity, num_bytes, write, patience.next_timeout)
+        return lease, next(num_written) > 0
 
     def _count(self, name: str, number: int) -> None:
         with self._lock:

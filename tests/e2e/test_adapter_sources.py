@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from adapter_stores import AdapterMaker, generate, hub_server, s3_server, tiny_llm
+from adapter_stores import PARAMS, PROMPT, AdapterMaker, generate, hub_server, s3_server, tiny_llm
 from fake_hub import FakeHub
 from faulty_server import FaultyServer
 
@@ -179,3 +179,30 @@ def test_a_pin_in_host_memory_stays_within_its_budget(model, make, tmp_path):
         assert all(isinstance(output, list) for output in outputs)
         assert llm.stats()["host_adapter_bytes"] <= 2 * num_bytes
         llm.check_integrity()
+
+
+def test_what_happened_is_counted_and_timed(llm, make, hub, server):
+    hub.add("acme/a", make.files(1))
+    loras = [LoRARequest("a", "acme/a"), LoRARequest("gone", "acme/gone"), None]
+    for is_first in (True, False):
+        outputs = llm.generate(
+            [PROMPT] * 3, PARAMS, lora_request=loras, use_tqdm=False, return_errors=True
+        )
+        times = outputs[0].metrics
+        parts = [times.queue_seconds, times.download_seconds, times.host_load_seconds,
+                 times.copy_seconds, times.prefill_seconds]  # fmt: skip
+        assert sum(parts) == pytest.approx(times.first_token_time - times.arrival_time)
+        assert min(parts) >= 0
+        assert (times.download_seconds > 0) is (times.host_load_seconds > 0) is is_first
+        assert outputs[2].metrics.download_seconds == 0
+    assert llm.stats()["adapters"] == {
+        "a": counts(hits=1, misses=1, loads=1, downloads=1),
+        "gone": counts(failures=2),
+    }
+    (state,) = llm.adapters()
+    assert state["tier"] == "pool"
+
+
+def counts(**counts: int) -> dict[str, int]:
+    names = ("hits", "misses", "loads", "evictions", "downloads", "failures")
+    return dict.fromkeys(names, 0) | counts

@@ -87,6 +87,7 @@ class FakeFiles:
     path: str
     version: int
     is_closed: bool = False
+    num_downloads: int = 1
 
     @property
     def key(self) -> bytes:
@@ -168,6 +169,12 @@ class FakeStore:
 
     def unpin(self, version: bytes) -> None:
         self.pinned.discard(version)
+
+    def holds(self, version: bytes) -> bool:
+        return version in self.images
+
+    def read_interval(self, version: bytes) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def stats(self) -> dict[str, Any]:
         return {}
