@@ -1,5 +1,5 @@
-// The binding of what only CUDA has: LoRA products planned on the host, whose plan is on the
-// device.
+// The bindings of what only CUDA has: linears of few rows, and LoRA products planned on the host,
+// whose plan is on the device.
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/tvm_ffi.h>
 
@@ -10,6 +10,45 @@ namespace loraplex {
 namespace {
 
 using tvm::ffi::Array;
+using tvm::ffi::Optional;
+
+void cuda_linear(TensorView y, TensorView x, TensorView weight, Optional<TensorView> bias,
+                 TensorView partials, TensorView flags) {
+  const char* function = "cuda_linear";
+  const Argument input{function, "x", x}, matrix{function, "weight", weight};
+  const Argument output{function, "y", y}, sums{function, "partials", partials};
+  const Argument handed{function, "flags", flags};
+  require_cuda({output, input, matrix, sums, handed});
+  cuda::LinearParams p{};
+  p.num_tokens = input.has_type(kBFloat16).has_shape({kAny, kAny}).has_dense_rows().tensor.size(0);
+  p.in_features = x.size(1);
+  matrix.has_type(kBFloat16).has_shape({kAny, p.in_features}).is_contiguous();
+  p.out_features = weight.size(0);
+  output.has_type(kBFloat16).has_shape({p.num_tokens, p.out_features}).has_dense_rows();
+  LORAPLEX_REQUIRE(p.num_tokens <= cuda::kMaxLinearTokens)
+      << function << ": x must have at most " << cuda::kMaxLinearTokens << " rows, got "
+      << p.num_tokens;
+  LORAPLEX_REQUIRE(p.in_features % 8 == 0 && p.out_features % 8 == 0 && x.stride(0) % 8 == 0 &&
+                   y.stride(0) % 2 == 0)
+      << function << ": rows must have a multiple of 8 elements, got " << p.in_features << " of x, "
+      << x.stride(0) << " apart, and " << p.out_features << " of y, " << y.stride(0) << " apart";
+  if (bias.has_value()) {
+    const Argument added{function, "bias", *bias};
+    require_cuda({added});
+    added.has_type(kBFloat16).has_shape({p.out_features}).is_contiguous();
+    p.bias = (*bias).data_ptr();
+  }
+  p.y = y.data_ptr(), p.x = x.data_ptr(), p.weight = weight.data_ptr();
+  p.y_stride = y.stride(0), p.x_stride = x.stride(0);
+  p.num_blocks = handed.has_type(kInt32).has_shape({kAny, 2}).is_contiguous().tensor.size(0);
+  sums.has_type(kFloat32).has_shape({p.num_blocks, cuda::kLinearSums}).is_contiguous();
+  p.partials = static_cast<float*>(partials.data_ptr());
+  p.flags = static_cast<int32_t*>(flags.data_ptr());
+  if (p.num_tokens == 0) return;
+  const DLDevice device = x.device();
+  const char* error = cuda::linear(p, TVMFFIEnvGetStream(device.device_type, device.device_id));
+  if (error != nullptr) TVM_FFI_THROW(RuntimeError) << function << ": " << error;
+}
 
 struct CudaLoraCall {
   const char* function;
@@ -88,5 +127,6 @@ void cuda_lora_expand(TensorView y, TensorView v, TensorView pool, TensorView it
 }  // namespace
 }  // namespace loraplex
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_linear, loraplex::cuda_linear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_lora_shrink, loraplex::cuda_lora_shrink);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_lora_expand, loraplex::cuda_lora_expand);

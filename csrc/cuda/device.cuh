@@ -69,8 +69,8 @@ __device__ __forceinline__ void allow_next_kernel() {
 
 // Launches a kernel that calls wait_for_previous_kernel().
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream,
-            const Arguments&... arguments) {
+void launch_with_shared(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                        void* stream, const Arguments&... arguments) {
   static const bool has_dependent_launch = [] {
     int device = 0, major = 0;
     cudaGetDevice(&device);
@@ -83,10 +83,17 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream,
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = has_dependent_launch;
   cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream,
+            const Arguments&... arguments) {
+  launch_with_shared(kernel, grid, threads, 0, stream, arguments...);
 }
 
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

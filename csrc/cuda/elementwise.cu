@@ -22,6 +22,7 @@ __device__ float block_sum(float x) {
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
+  allow_next_kernel();
   wait_for_previous_kernel();
   const int64_t token = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
   const T* x = static_cast<const T*>(p.x) + token * p.x_strides[0] + head * p.x_strides[1];
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(kThreads)
 // One block a token; threads go over (head, kWidth pairs of dimensions) of q, then of k.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ RopeParams p) {
+  allow_next_kernel();
   wait_for_previous_kernel();
   const int64_t token = blockIdx.x;
   const float* cosines = p.cos_sin_cache + p.positions[token] * 2 * p.half;
@@ -85,6 +87,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     silu_and_mul_kernel(const __grid_constant__ SiluAndMulParams p) {
+  allow_next_kernel();
   wait_for_previous_kernel();
   const int64_t token = blockIdx.y;
   const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kWidth;
@@ -103,6 +106,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, class Cached, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     write_kv_kernel(const __grid_constant__ WriteKvParams p) {
+  allow_next_kernel();
   wait_for_previous_kernel();
   const int64_t token = blockIdx.x, slot = p.slot_mapping[token];
   const int64_t page = slot / p.block_size, offset = slot % p.block_size;

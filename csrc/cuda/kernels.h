@@ -34,11 +34,27 @@ struct LoraParams {
   int32_t num_columns;  // of x
 };
 
+// y = x W^T + bias, for at most kMaxLinearTokens rows of x, in bfloat16.
+constexpr int kMaxLinearTokens = 64;
+constexpr int kLinearSums = 128 * kMaxLinearTokens;
+struct LinearParams {
+  void* y;
+  const void *x, *weight, *bias;  // weight [out_features, in_features]; bias may be null
+  int64_t y_stride, x_stride;
+  int32_t num_tokens, out_features, in_features;
+  // What blocks hand to each other: sums [num_blocks, kLinearSums], and flags [num_blocks, 2],
+  // which are zeros between launches.
+  float* partials;
+  int32_t* flags;
+  int32_t num_blocks;  // one for each multiprocessor
+};
+
 const char* rms_norm(const RmsNormParams&, void* stream);
 const char* rope(const RopeParams&, void* stream);
 const char* silu_and_mul(const SiluAndMulParams&, void* stream);
 const char* write_kv(const WriteKvParams&, void* stream);
 const char* sample(const SampleParams&, void* stream);
+const char* linear(const LinearParams&, void* stream);
 const char* lora_shrink(const LoraParams&, void* stream);
 const char* lora_expand(const LoraParams&, void* stream);
 

@@ -36,7 +36,7 @@ struct Geometry {
   int64_t page_elements;
   uint64_t reciprocal;
   int tiles_per_page;
-  int num_blocks;
+  int num_multiprocessors;
 };
 
 struct Module {
@@ -58,9 +58,9 @@ __device__ Module find_module(const LoraParams& p, const Pages& pages, int m) {
 }
 
 // Few items: their sums over the input are cut up, so that more multiprocessors take part.
-__device__ int num_splits(int num_items, int group_size, int num_blocks) {
+__device__ int num_splits(int num_items, int group_size, int num_multiprocessors) {
   int splits = kMaxSplits;
-  while (splits > 1 && num_items * group_size * splits > num_blocks) splits /= 2;
+  while (splits > 1 && num_items * group_size * splits > num_multiprocessors) splits /= 2;
   return splits;
 }
 
@@ -86,25 +86,33 @@ __device__ uint4 zeros() { return make_uint4(0, 0, 0, 0); }
 
 // ---- shrink ----
 
-// Sums of one unit: 16 ranks, kRowTiles x 8 rows, over this warp's column tiles.
-template <int kRowTiles, int kUnroll>
-__device__ void shrink_tiles(float (&sums)[kRowTiles][4], const LoraParams& p, const Pages& pages,
-                             uint32_t tiles_0, uint32_t tiles_1, bool has_second, int begin,
-                             int end, const BFloat16* const (&rows)[kRowTiles]) {
+// Sums of a warp: kPairs x 16 ranks by kRowTiles x 8 rows.
+template <int kRowTiles, int kPairs>
+struct ShrinkSums {
+  float of[kPairs][kRowTiles][4];
+};
+
+// Of one unit, over this warp's column tiles.
+template <int kRowTiles, int kPairs, int kUnroll>
+__device__ void shrink_tiles(ShrinkSums<kRowTiles, kPairs>& sums, const LoraParams& p,
+                             const Pages& pages, uint32_t first_tile, int rank_tiles, int num_tiles,
+                             int begin, int end, const BFloat16* const (&rows)[kRowTiles]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int weight_offset = lane / 4 * kTileColumns + lane % 4 * 8, column_offset = lane % 4 * 8;
   for (int first = begin + warp; first < end; first += kWarps * kUnroll) {
-    uint4 weights[kUnroll][2][2];
+    uint4 weights[kUnroll][2 * kPairs][2];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int j = first + u * kWarps;
-      const BFloat16* tile_0 = j < end ? pages.tile(tiles_0 + j) + weight_offset : nullptr;
-      const BFloat16* tile_1 =
-          j < end && has_second ? pages.tile(tiles_1 + j) + weight_offset : nullptr;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        weights[u][half][0] = tile_0 != nullptr ? load_weights(tile_0 + 32 * half) : zeros();
-        weights[u][half][1] = tile_1 != nullptr ? load_weights(tile_1 + 32 * half) : zeros();
+      for (int r = 0; r < 2 * kPairs; ++r) {
+        const bool is_there = j < end && r < rank_tiles;
+        const BFloat16* tile =
+            is_there ? pages.tile(first_tile + r * num_tiles + j) + weight_offset : nullptr;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          weights[u][r][half] = is_there ? load_weights(tile + 32 * half) : zeros();
+        }
       }
     }
 #pragma unroll
@@ -114,89 +122,112 @@ __device__ void shrink_tiles(float (&sums)[kRowTiles][4], const LoraParams& p, c
       for (int half = 0; half < 2; ++half) {
         const int column = j * kTileColumns + 32 * half + column_offset;
         const bool is_inside = j < end && column < p.num_columns;
-        const uint4 w0 = weights[u][half][0], w1 = weights[u][half][1];
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
           uint4 x = zeros();
           if (is_inside && rows[n] != nullptr) {
             x = __ldg(reinterpret_cast<const uint4*>(rows[n] + column));
           }
-          mma(sums[n], w0.x, w1.x, w0.y, w1.y, x.x, x.y);
-          mma(sums[n], w0.z, w1.z, w0.w, w1.w, x.z, x.w);
+#pragma unroll
+          for (int pair = 0; pair < kPairs; ++pair) {
+            const uint4 w0 = weights[u][2 * pair][half], w1 = weights[u][2 * pair + 1][half];
+            mma(sums.of[pair][n], w0.x, w1.x, w0.y, w1.y, x.x, x.y);
+            mma(sums.of[pair][n], w0.z, w1.z, w0.w, w1.w, x.z, x.w);
+          }
         }
       }
     }
   }
 }
 
-// Adds up the warps' sums and writes them to v.
-template <int kRowTiles>
-__device__ void write_sums(float (&sums)[kRowTiles][4], float* shared, const LoraParams& p,
-                           int4 item, int m, int split, int first_rank, int rank) {
+// Adds up the warps' sums and writes them to v: a row's `ranks` entries at a time.
+template <int kRowTiles, int kPairs>
+__device__ void write_sums(const ShrinkSums<kRowTiles, kPairs>& sums, float* shared,
+                           const LoraParams& p, int4 item, float* v, int ranks) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kRows = 8 * kRowTiles;
   float* own = shared + warp * 16 * kRows;
 #pragma unroll
-  for (int n = 0; n < kRowTiles; ++n) {
+  for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = 8 * n + lane % 4 * 2 + i % 2;
-      own[row * 16 + lane / 4 + i / 2 * 8] = sums[n][i];
+    for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 8 * n + lane % 4 * 2 + i % 2;
+        own[row * 16 + lane / 4 + i / 2 * 8] = sums.of[pair][n][i];
+      }
     }
-  }
-  __syncthreads();
-  for (int index = threadIdx.x; index < 16 * kRows; index += kThreads) {
-    const int row = item.x + index / 16, r = first_rank + index % 16;
-    if (row >= item.y || r >= rank) continue;
-    float sum = 0;
+    __syncthreads();
+    for (int index = threadIdx.x; index < 16 * kRows; index += kThreads) {
+      const int row = item.x + index / 16, r = 16 * pair + index % 16;
+      if (row >= item.y || r >= ranks) continue;
+      float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += shared[w * 16 * kRows + index];
-    p.v[row * p.v_token_stride + (m * kMaxSplits + split) * p.max_rank + r] = sum;
+      for (int w = 0; w < kWarps; ++w) sum += shared[w * 16 * kRows + index];
+      v[row * p.v_token_stride + r] = sum;
+    }
+    __syncthreads();
   }
-  __syncthreads();
 }
 
-template <int kRowTiles, int kUnroll>
-__device__ void shrink_unit(float* shared, const LoraParams& p, const Geometry& geometry, int4 item,
-                            int m, int split, int splits) {
-  const Pages pages = find_pages(p, geometry, item);
-  const Module module = find_module<false>(p, pages, m);
-  wait_for_previous_kernel();
-  const int num_tiles = (p.num_columns + kTileColumns - 1) / kTileColumns;
-  const int begin = num_tiles * split / splits, end = num_tiles * (split + 1) / splits;
+// One item, one module, one part of the columns.
+struct ShrinkUnit {
+  Pages pages;
+  Module module;
+  int4 item;
+  int begin, end, num_tiles;  // column tiles, of which there are num_tiles
+  float* v;                   // of row 0
+};
+
+template <int kRowTiles, int kPairs, int kUnroll>
+__device__ void shrink_unit(float* shared, const LoraParams& p, const ShrinkUnit& unit) {
   const BFloat16* rows[kRowTiles];
 #pragma unroll
   for (int n = 0; n < kRowTiles; ++n) {
-    const int64_t row = item.x + 8 * n + threadIdx.x % 32 / 4;
-    rows[n] = row < item.y ? static_cast<const BFloat16*>(p.activations) + row * p.activation_stride
-                           : nullptr;
+    const int64_t row = unit.item.x + 8 * n + threadIdx.x % 32 / 4;
+    rows[n] = row < unit.item.y
+                  ? static_cast<const BFloat16*>(p.activations) + row * p.activation_stride
+                  : nullptr;
   }
-  for (int first_rank = 0; first_rank < module.rank; first_rank += 16) {
-    float sums[kRowTiles][4] = {};
-    const uint32_t tiles_0 = module.first_tile + first_rank / kTileRanks * num_tiles;
-    shrink_tiles<kRowTiles, kUnroll>(sums, p, pages, tiles_0, tiles_0 + num_tiles,
-                                     first_rank + kTileRanks < module.rank, begin, end, rows);
-    write_sums<kRowTiles>(sums, shared, p, item, m, split, first_rank, module.rank);
+  for (int first_rank = 0; first_rank < unit.module.rank; first_rank += 16 * kPairs) {
+    const int ranks = unit.module.rank - first_rank;
+    ShrinkSums<kRowTiles, kPairs> sums = {};
+    shrink_tiles<kRowTiles, kPairs, kUnroll>(
+        sums, p, unit.pages, unit.module.first_tile + first_rank / kTileRanks * unit.num_tiles,
+        (ranks + kTileRanks - 1) / kTileRanks, unit.num_tiles, unit.begin, unit.end, rows);
+    write_sums<kRowTiles, kPairs>(sums, shared, p, unit.item, unit.v + first_rank, ranks);
   }
 }
 
+// Its input is complete when it begins: the base product, which has the same, lets it begin only
+// then (or at its own end), so that both run at once. Only the end waits, for those who come after.
 __global__ void __launch_bounds__(kThreads, 2)
     shrink_kernel(const __grid_constant__ LoraParams p, const __grid_constant__ Geometry geometry) {
   __shared__ float shared[kWarps * 16 * kItemRows];
   allow_next_kernel();
   const int num_items = *p.num_items;
-  const int splits = num_splits(num_items, p.group_size, geometry.num_blocks);
+  const int splits = num_splits(num_items, p.group_size, geometry.num_multiprocessors);
   const int num_units = num_items * p.group_size * splits;
-  for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
-    const int split = unit % splits, m = unit / splits % p.group_size;
-    const int4 item = __ldg(reinterpret_cast<const int4*>(p.items) + unit / splits / p.group_size);
-    if (item.y - item.x <= 8) {
-      shrink_unit<1, 4>(shared, p, geometry, item, m, split, splits);
+  const int num_tiles = (p.num_columns + kTileColumns - 1) / kTileColumns;
+  for (int index = blockIdx.x; index < num_units; index += gridDim.x) {
+    const int split = index % splits, m = index / splits % p.group_size;
+    const int4 item = __ldg(reinterpret_cast<const int4*>(p.items) + index / splits / p.group_size);
+    const Pages pages = find_pages(p, geometry, item);
+    const ShrinkUnit unit{pages,
+                          find_module<false>(p, pages, m),
+                          item,
+                          num_tiles * split / splits,
+                          num_tiles * (split + 1) / splits,
+                          num_tiles,
+                          p.v + (m * kMaxSplits + split) * p.max_rank};
+    if (item.y - item.x > 8) {
+      shrink_unit<kItemRows / 8, 2, 1>(shared, p, unit);
+    } else if (unit.module.rank <= 16) {
+      shrink_unit<1, 1, 4>(shared, p, unit);
     } else {
-      shrink_unit<kItemRows / 8, 2>(shared, p, geometry, item, m, split, splits);
+      shrink_unit<1, 2, 2>(shared, p, unit);
     }
   }
-  // A block without work must not seem done before what it would have waited for is.
   wait_for_previous_kernel();
 }
 
@@ -209,81 +240,60 @@ __device__ uint32_t transpose(uint32_t x) {
 }
 
 // Two floats as bfloat16, and what that leaves of them: together nearly exact.
-__device__ void split_floats(float x, float y, uint32_t& high, uint32_t& low) {
-  const __nv_bfloat162 rounded = __floats2bfloat162_rn(x, y);
+struct SplitPair {
+  uint32_t high, low;
+};
+
+__device__ SplitPair split_floats(float2 pair) {
+  const __nv_bfloat162 rounded = __floats2bfloat162_rn(pair.x, pair.y);
   const __nv_bfloat162 rest =
-      __floats2bfloat162_rn(x - __low2float(rounded), y - __high2float(rounded));
-  high = *reinterpret_cast<const uint32_t*>(&rounded);
-  low = *reinterpret_cast<const uint32_t*>(&rest);
+      __floats2bfloat162_rn(pair.x - __low2float(rounded), pair.y - __high2float(rounded));
+  return {*reinterpret_cast<const uint32_t*>(&rounded), *reinterpret_cast<const uint32_t*>(&rest)};
 }
 
 // Entries r and r + 1 of a row of v, added up over the splits; zeros past the rank.
 __device__ float2 load_v(const float* v, int r, int rank, int max_rank, int splits) {
   float2 sum = make_float2(0, 0);
   if (v == nullptr || r >= rank) return sum;
-  for (int split = 0; split < splits; ++split) {
-    sum.x += v[split * max_rank + r];
-    if (r + 1 < rank) sum.y += v[split * max_rank + r + 1];
+#pragma unroll
+  for (int split = 0; split < kMaxSplits; ++split) {
+    if (split >= splits) break;
+    const float2 part = *reinterpret_cast<const float2*>(v + split * max_rank + r);
+    sum.x += part.x, sum.y += part.y;
   }
+  if (r + 1 >= rank) sum.y = 0;
   return sum;
 }
 
-// y[rows, 64 columns] += v B, for kRowTiles x 8 rows from first_row on, by one warp.
-template <int kRowTiles>
-__device__ void expand_tile(const LoraParams& p, const Pages& pages, const Module& module, int m,
-                            int j, int num_tiles, int first_row, int end_row, int splits) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int width = p.offsets[m + 1] - p.offsets[m];
-  const int tile_offset = g * kTileColumns + t * 8;
-  uint4 weights[2][2];
-  const auto load_ranks = [&](int first_rank) {
+// 64 columns of B for 16 ranks, as they lie in the adapter: of rank tiles 0 and 1, by half.
+struct ExpandWeights {
+  uint4 of[2][2];
+
+  __device__ void load(const Pages& pages, const Module& module, int first_rank, int num_tiles,
+                       int j) {
+    const int lane = threadIdx.x % 32, offset = lane / 4 * kTileColumns + lane % 4 * 8;
     const uint32_t tile = module.first_tile + first_rank / kTileRanks * num_tiles + j;
-    const bool has_second = first_rank + kTileRanks < module.rank;
-    const BFloat16* tile_0 = pages.tile(tile) + tile_offset;
-    const BFloat16* tile_1 = has_second ? pages.tile(tile + num_tiles) + tile_offset : nullptr;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      weights[half][0] = load_weights(tile_0 + 32 * half);
-      weights[half][1] = has_second ? load_weights(tile_1 + 32 * half) : zeros();
-    }
-  };
-  // What no kernel before this one writes is on its way already when those have ended.
-  load_ranks(0);
-  wait_for_previous_kernel();
-  // Of the result, this lane writes one row of each row tile, 8 columns of each half.
-  BFloat16* y = static_cast<BFloat16*>(p.activations) + p.offsets[m];
-  const int own_row = first_row + 2 * t + g % 2, own_column = j * kTileColumns + g / 2 * 8;
-  uint4 old[kRowTiles][2];
-  const float* v[kRowTiles];
+    for (int r = 0; r < 2; ++r) {
+      const bool is_there = first_rank + r * kTileRanks < module.rank;
+      const BFloat16* p = is_there ? pages.tile(tile + r * num_tiles) + offset : nullptr;
 #pragma unroll
-  for (int n = 0; n < kRowTiles; ++n) {
-    const int row = first_row + 8 * n + g;
-    v[n] = row < end_row ? p.v + row * p.v_token_stride + m * kMaxSplits * p.max_rank : nullptr;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool is_inside = own_row + 8 * n < end_row && own_column + 32 * half < width;
-      old[n][half] = is_inside
-                         ? *reinterpret_cast<const uint4*>(
-                               y + (own_row + 8 * n) * p.activation_stride + own_column + 32 * half)
-                         : zeros();
-    }
-  }
-  float sums[kRowTiles][2][2][4] = {};
-  for (int first_rank = 0; first_rank < module.rank; first_rank += 16) {
-    if (first_rank > 0) load_ranks(first_rank);
-    uint32_t high[kRowTiles][2], low[kRowTiles][2];
-#pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const float2 pair =
-            load_v(v[n], first_rank + 2 * t + 8 * k, module.rank, p.max_rank, splits);
-        split_floats(pair.x, pair.y, high[n][k], low[n][k]);
+      for (int half = 0; half < 2; ++half) {
+        of[r][half] = is_there ? load_weights(p + 32 * half) : zeros();
       }
     }
+  }
+};
+
+// Sums of kRowTiles x 8 rows and 64 columns: by half, and by which of each two columns.
+template <int kRowTiles>
+struct ExpandSums {
+  float of[kRowTiles][2][2][4] = {};
+
+  __device__ void add(const ExpandWeights& weights, const SplitPair (&v)[kRowTiles][2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 w0 = weights[half][0], w1 = weights[half][1];
+      const uint4 w0 = weights.of[0][half], w1 = weights.of[1][half];
       const uint32_t columns[2][4] = {
           {transpose(w0.x), transpose(w0.y), transpose(w1.x), transpose(w1.y)},
           {transpose(w0.z), transpose(w0.w), transpose(w1.z), transpose(w1.w)}};
@@ -292,75 +302,227 @@ __device__ void expand_tile(const LoraParams& p, const Pages& pages, const Modul
         const uint32_t (&a)[4] = columns[pair];
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
-          mma(sums[n][half][pair], a[0], a[1], a[2], a[3], high[n][0], high[n][1]);
-          mma(sums[n][half][pair], a[0], a[1], a[2], a[3], low[n][0], low[n][1]);
+          float (&d)[4] = of[n][half][pair];
+          mma(d, a[0], a[1], a[2], a[3], v[n][0].high, v[n][1].high);
+          mma(d, a[0], a[1], a[2], a[3], v[n][0].low, v[n][1].low);
         }
       }
     }
   }
+
   // A lane holds every other of 8 columns, of two rows: neighbours swap, so that each has all 8
-  // columns of one row.
-  const bool is_odd = g % 2;
+  // columns of one row, which it adds to `before`.
+  __device__ uint4 added_to(uint4 before, int n, int half) const {
+    const bool is_odd = threadIdx.x / 4 % 2;
+    __nv_bfloat162* lanes = reinterpret_cast<__nv_bfloat162*>(&before);
 #pragma unroll
-  for (int n = 0; n < kRowTiles; ++n) {
+    for (int i = 0; i < 4; ++i) {
+      const float first = of[n][half][i / 2][i % 2 * 2];
+      const float second = of[n][half][i / 2][i % 2 * 2 + 1];
+      const float other = __shfl_xor_sync(kFullWarp, is_odd ? first : second, 4);
+      const float even = is_odd ? other : first, odd = is_odd ? second : other;
+      const float2 old = __bfloat1622float2(lanes[i]);
+      lanes[i] = __floats2bfloat162_rn(old.x + even, old.y + odd);
+    }
+    return before;
+  }
+};
+
+// The 8 columns of each half that this lane writes, of one row of each row tile.
+template <int kRowTiles>
+struct ExpandTarget {
+  BFloat16* first;
+  int64_t row_tile_stride;
+  int own_row, end_row, own_column, width;
+
+  __device__ ExpandTarget(const LoraParams& p, int4 item, int m, int j)
+      : own_row(item.x + threadIdx.x % 4 * 2 + threadIdx.x / 4 % 2),
+        end_row(item.y),
+        own_column(j * kTileColumns + threadIdx.x % 32 / 8 * 8),
+        width(p.offsets[m + 1] - p.offsets[m]) {
+    first = static_cast<BFloat16*>(p.activations) + own_row * p.activation_stride + p.offsets[m] +
+            own_column;
+    row_tile_stride = 8 * p.activation_stride;
+  }
+
+  __device__ bool is_inside(int n, int half) const {
+    return own_row + 8 * n < end_row && own_column + 32 * half < width;
+  }
+  __device__ uint4* at(int n, int half) const {
+    return reinterpret_cast<uint4*>(first + n * row_tile_stride + 32 * half);
+  }
+
+  // Row tiles from first on, kCount of them.
+  template <int kCount>
+  __device__ void load(uint4 (&values)[kCount][2], int first) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint4 out = old[n][half];
-      __nv_bfloat162* lanes = reinterpret_cast<__nv_bfloat162*>(&out);
+    for (int n = 0; n < kCount; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float first = sums[n][half][i / 2][i % 2 * 2];
-        const float second = sums[n][half][i / 2][i % 2 * 2 + 1];
-        const float other = __shfl_xor_sync(kFullWarp, is_odd ? first : second, 4);
-        const float even = is_odd ? other : first, odd = is_odd ? second : other;
-        const float2 before = __bfloat1622float2(lanes[i]);
-        lanes[i] = __floats2bfloat162_rn(before.x + even, before.y + odd);
+      for (int half = 0; half < 2; ++half) {
+        values[n][half] = is_inside(first + n, half) ? *at(first + n, half) : zeros();
       }
-      if (own_row + 8 * n < end_row && own_column + 32 * half < width) {
-        *reinterpret_cast<uint4*>(y + (own_row + 8 * n) * p.activation_stride + own_column +
-                                  32 * half) = out;
+    }
+  }
+
+  template <int kCount>
+  __device__ void store(const uint4 (&before)[kCount][2], const ExpandSums<kRowTiles>& sums,
+                        int first) const {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 value = sums.added_to(before[n][half], first + n, half);
+        if (is_inside(first + n, half)) *at(first + n, half) = value;
       }
+    }
+  }
+};
+
+// Column tiles of the modules of a group, one after another.
+struct ColumnTiles {
+  int before[kMaxGroup + 1];  // each module
+
+  // By `per_unit` of a module's.
+  __device__ ColumnTiles(const LoraParams& p, int per_unit) {
+    const int columns = per_unit * kTileColumns;
+    before[0] = 0;
+#pragma unroll
+    for (int m = 0; m < kMaxGroup; ++m) {
+      const int width = m < p.group_size ? p.offsets[m + 1] - p.offsets[m] : 0;
+      before[m + 1] = before[m] + (width + columns - 1) / columns;
+    }
+  }
+  __device__ int count() const { return before[kMaxGroup]; }
+
+  // The module of a unit, and the module's first one.
+  __device__ int2 module_of(int unit) const {
+    int2 found = make_int2(0, 0);
+#pragma unroll
+    for (int m = 1; m < kMaxGroup; ++m) {
+      if (unit >= before[m]) found = make_int2(m, before[m]);
+    }
+    return found;
+  }
+};
+
+__device__ int num_column_tiles(const LoraParams& p, int m) {
+  return (p.offsets[m + 1] - p.offsets[m] + kTileColumns - 1) / kTileColumns;
+}
+
+// Items of up to 8 rows, a column tile at a time by one warp.
+__device__ void expand_few_rows(const LoraParams& p, const Geometry& geometry, int num_items,
+                                int splits) {
+  const ColumnTiles tiles(p, 1);
+  const int num_units = num_items * tiles.count(), lane = threadIdx.x % 32;
+  // Blocks first, so that few units spread over all multiprocessors.
+  for (int unit = threadIdx.x / 32 * gridDim.x + blockIdx.x; unit < num_units;
+       unit += gridDim.x * kWarps) {
+    const int4 item = __ldg(reinterpret_cast<const int4*>(p.items) + unit / tiles.count());
+    if (item.y - item.x > 8) continue;
+    const int2 found = tiles.module_of(unit % tiles.count());
+    const int m = found.x, j = unit % tiles.count() - found.y;
+    const Pages pages = find_pages(p, geometry, item);
+    const Module module = find_module<true>(p, pages, m);
+    if (module.rank == 0) continue;
+    const int num_tiles = num_column_tiles(p, m), row = item.x + lane / 4;
+    const float* v =
+        row < item.y ? p.v + row * p.v_token_stride + m * kMaxSplits * p.max_rank : nullptr;
+    ExpandWeights weights;
+    weights.load(pages, module, 0, num_tiles, j);
+    // The weights, which no kernel before this one writes, are on their way.
+    wait_for_previous_kernel();
+    const ExpandTarget<1> target(p, item, m, j);
+    uint4 before[1][2];
+    target.load(before, 0);
+    ExpandSums<1> sums;
+    for (int first_rank = 0; first_rank < module.rank; first_rank += 16) {
+      SplitPair pairs[1][2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int r = first_rank + lane % 4 * 2 + 8 * k;
+        pairs[0][k] = split_floats(load_v(v, r, module.rank, p.max_rank, splits));
+      }
+      const ExpandWeights own = weights;
+      if (first_rank + 16 < module.rank) weights.load(pages, module, first_rank + 16, num_tiles, j);
+      sums.add(own, pairs);
+    }
+    target.store(before, sums, 0);
+  }
+}
+
+constexpr int kStagedRanks = 64;
+// Words between rows of v in shared memory: no two of a warp's rows begin in the same bank.
+constexpr int kStagedStride = kStagedRanks / 2 + 4;
+
+// Items of more rows, kWarps column tiles at a time by one block, which share v.
+__device__ void expand_many_rows(const LoraParams& p, const Geometry& geometry, int num_items,
+                                 int splits, SplitPair* staged) {
+  constexpr int kRowTiles = kItemRows / 8;
+  const ColumnTiles tiles(p, kWarps);
+  const int num_units = num_items * tiles.count();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
+    const int4 item = __ldg(reinterpret_cast<const int4*>(p.items) + unit / tiles.count());
+    if (item.y - item.x <= 8) continue;
+    const int2 found = tiles.module_of(unit % tiles.count());
+    const int m = found.x, j = (unit % tiles.count() - found.y) * kWarps + warp;
+    const Pages pages = find_pages(p, geometry, item);
+    const Module module = find_module<true>(p, pages, m);
+    if (module.rank == 0) continue;
+    const int num_tiles = num_column_tiles(p, m);
+    ExpandWeights weights;
+    if (j < num_tiles) weights.load(pages, module, 0, num_tiles, j);
+    wait_for_previous_kernel();
+    ExpandSums<kRowTiles> sums;
+    for (int chunk = 0; chunk < module.rank; chunk += kStagedRanks) {
+      __syncthreads();
+      for (int index = threadIdx.x; index < kItemRows * kStagedRanks / 2; index += kThreads) {
+        const int row = index / (kStagedRanks / 2), pair = index % (kStagedRanks / 2);
+        if (chunk + 2 * pair >= (module.rank + 15) / 16 * 16) continue;
+        const float* v = item.x + row < item.y
+                             ? p.v + (item.x + row) * p.v_token_stride + m * kMaxSplits * p.max_rank
+                             : nullptr;
+        staged[row * kStagedStride + pair] =
+            split_floats(load_v(v, chunk + 2 * pair, module.rank, p.max_rank, splits));
+      }
+      __syncthreads();
+      if (j >= num_tiles) continue;
+      const int end = min(chunk + kStagedRanks, module.rank);
+      for (int first_rank = chunk; first_rank < end; first_rank += 16) {
+        if (first_rank > 0) weights.load(pages, module, first_rank, num_tiles, j);
+        SplitPair pairs[kRowTiles][2];
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            const int pair = (first_rank - chunk) / 2 + lane % 4 + 4 * k;
+            pairs[n][k] = staged[(8 * n + lane / 4) * kStagedStride + pair];
+          }
+        }
+        sums.add(weights, pairs);
+      }
+    }
+    if (j >= num_tiles) continue;
+    const ExpandTarget<kRowTiles> target(p, item, m, j);
+    // By two, which is what there are registers for.
+#pragma unroll
+    for (int first = 0; first < kRowTiles; first += 2) {
+      uint4 before[2][2];
+      target.load(before, first);
+      target.store(before, sums, first);
     }
   }
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
     expand_kernel(const __grid_constant__ LoraParams p, const __grid_constant__ Geometry geometry) {
+  __shared__ SplitPair staged[kItemRows * kStagedStride];
   allow_next_kernel();
   const int num_items = *p.num_items;
-  const int splits = num_splits(num_items, p.group_size, geometry.num_blocks);
-  int tiles_before[kMaxGroup + 1];
-  tiles_before[0] = 0;
-#pragma unroll
-  for (int m = 0; m < kMaxGroup; ++m) {
-    const int width = m < p.group_size ? p.offsets[m + 1] - p.offsets[m] : 0;
-    tiles_before[m + 1] = tiles_before[m] + (width + kTileColumns - 1) / kTileColumns;
-  }
-  const int num_tiles = tiles_before[kMaxGroup];
-  const int num_units = num_items * num_tiles;
-  // Blocks first, so that few units spread over all multiprocessors.
-  for (int unit = threadIdx.x / 32 * gridDim.x + blockIdx.x; unit < num_units;
-       unit += gridDim.x * kWarps) {
-    const int tile = unit % num_tiles;
-    const int4 item =
-        __ldg(reinterpret_cast<const int4*>(p.items) + unit / tiles_before[kMaxGroup]);
-    int m = 0, begin = 0, end = tiles_before[1];
-#pragma unroll
-    for (int next = 1; next < kMaxGroup; ++next) {
-      if (tile >= tiles_before[next] && next < p.group_size) {
-        m = next, begin = tiles_before[next], end = tiles_before[next + 1];
-      }
-    }
-    const Pages pages = find_pages(p, geometry, item);
-    const Module module = find_module<true>(p, pages, m);
-    if (module.rank == 0) continue;
-    if (item.y - item.x <= 8) {
-      expand_tile<1>(p, pages, module, m, tile - begin, end - begin, item.x, item.y, splits);
-      continue;
-    }
-    expand_tile<kItemRows / 8>(p, pages, module, m, tile - begin, end - begin, item.x, item.y,
-                               splits);
-  }
+  const int splits = num_splits(num_items, p.group_size, geometry.num_multiprocessors);
+  expand_few_rows(p, geometry, num_items, splits);
+  expand_many_rows(p, geometry, num_items, splits, staged);
+  // A block without work must not seem done before what it would have waited for is.
   wait_for_previous_kernel();
 }
 
@@ -443,7 +605,7 @@ Geometry make_geometry(const LoraParams& p) {
   const int64_t page_elements = p.page_bytes / static_cast<int64_t>(sizeof(BFloat16));
   const int tiles_per_page = static_cast<int>(page_elements / kTileElements);
   const uint64_t reciprocal = ((uint64_t{1} << 40) + tiles_per_page - 1) / tiles_per_page;
-  return {page_elements, reciprocal, tiles_per_page, 2 * num_multiprocessors};
+  return {page_elements, reciprocal, tiles_per_page, num_multiprocessors};
 }
 
 }  // namespace
@@ -451,10 +613,11 @@ Geometry make_geometry(const LoraParams& p) {
 const char* lora_shrink(const LoraParams& p, void* stream) {
   const Geometry geometry = make_geometry(p);
   if (p.dtype == DType::kFloat32) {
-    shrink_float32_kernel<<<dim3(geometry.num_blocks, p.group_size), kThreads, 0,
+    shrink_float32_kernel<<<dim3(geometry.num_multiprocessors, p.group_size), kThreads, 0,
                             static_cast<cudaStream_t>(stream)>>>(p);
   } else {
-    launch(shrink_kernel, dim3(geometry.num_blocks), kThreads, stream, p, geometry);
+    // One block each: that is what there is room for beside the base product.
+    launch(shrink_kernel, dim3(geometry.num_multiprocessors), kThreads, stream, p, geometry);
   }
   return last_error();
 }
@@ -462,10 +625,10 @@ const char* lora_shrink(const LoraParams& p, void* stream) {
 const char* lora_expand(const LoraParams& p, void* stream) {
   const Geometry geometry = make_geometry(p);
   if (p.dtype == DType::kFloat32) {
-    expand_float32_kernel<<<dim3(geometry.num_blocks, p.group_size), kThreads, 0,
+    expand_float32_kernel<<<dim3(geometry.num_multiprocessors, p.group_size), kThreads, 0,
                             static_cast<cudaStream_t>(stream)>>>(p);
   } else {
-    launch(expand_kernel, dim3(geometry.num_blocks), kThreads, stream, p, geometry);
+    launch(expand_kernel, dim3(2 * geometry.num_multiprocessors), kThreads, stream, p, geometry);
   }
   return last_error();
 }

@@ -98,6 +98,15 @@ sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """(token_ids, logits, temperature, top_k, top_p, min_p, uniform)"""
 
 if has_cuda():
+    cuda_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor], None] = (
+        _library.cuda_linear
+    )
+    """(y, x, weight, bias, partials, flags) in bfloat16, for at most 64 rows; on Hopper GPUs only
+
+    y = x weight^T + bias; x [rows, in_features], weight [out_features, in_features]. partials,
+    float32 [multiprocessors, 8192], is scratch; flags, int32 [multiprocessors, 2], hold zeros
+    before and after. Calls that share them must follow one another.
+    """
     cuda_lora_shrink: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int], None
     ] = _library.cuda_lora_shrink
