@@ -217,7 +217,9 @@ class Scheduler:
                 continue
             if request.num_tokens == request.max_num_tokens:
                 continue  # Its last token is on its way.
-            num_new_tokens = request.chunk(request.num_computed_tokens, budget)
+            num_new_tokens = request.num_tokens - request.num_computed_tokens
+            if num_new_tokens > 1:
+                num_new_tokens = request.chunk(request.num_computed_tokens, budget)
             while not self._kv.grow(request, request.num_computed_tokens + num_new_tokens):
                 # The last admitted goes first, so that the oldest always gets on.
                 victim = self._running[-1]

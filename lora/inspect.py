@@ -35,7 +35,12 @@ class AdapterReport:
 
     @property
     def num_parameters(self) -> int:
-        return sum(m.rank * (m.in_features + m.out_features) for m in self.modules)
+        return sum(
+            m.rank * (m.in_features + m.out_features) + len(m.vectors) * m.out_features
+            if m.rank > 0
+            else m.in_features * m.out_features
+            for m in self.modules
+        )
 
     def render(self) -> str:
         """The report as plain text, a line per fact."""
@@ -47,6 +52,8 @@ class AdapterReport:
             yield "trained on", self.config.base_model or "a base model that it doesn't name"
         if self.config is not None and self.modules:
             yield from _module_facts(self.modules, self.config)
+            if invocation := self.config.invocation_token_ids:
+                yield "acts", f"from tokens {_join(invocation)} of the prompt on (aLoRA)"
             dtypes = _join(module.file_dtype for module in self.modules)
             yield "parameters", f"{self.num_parameters:,} in {dtypes}"
             yield "on disk", f"{self.num_file_bytes:,} bytes"
@@ -131,10 +138,16 @@ def _module_facts(
         by_kind.setdefault(module.name.rpartition(".")[2], []).append(module)
     rule = "alpha / sqrt(rank)" if config.use_rslora else "alpha / rank"
     for kind, same in by_kind.items():
+        if same[0].rank == 0:
+            yield kind, f"replaced whole, {same[0].out_features} x {same[0].in_features}"
+            continue
+        vectors = _join(name for module in same for name in module.vectors)
+        more = f", with {vectors}" if vectors else ""
         ranks = _join(module.rank for module in same)
         alphas = _join(f"{config.alpha_of(module.name):g}" for module in same)
         scalings = _join(f"{module.scaling:g}" for module in same)
-        yield kind, f"rank {ranks}, alpha {alphas}, scaling {scalings} ({rule}), {len(same)} layers"
+        layers = f"{len(same)} layers" if len(same) > 1 else "1 layer"
+        yield kind, f"rank {ranks}, alpha {alphas}, scaling {scalings} ({rule}), {layers}{more}"
 
 
 def _join(values: Iterable[object]) -> str:

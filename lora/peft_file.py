@@ -190,6 +190,9 @@ def _check_module(
             raise AdapterError(f"tensor {missing!r} is missing: {CONFIG_FILE} has {setting} on")
     for tensor in vectors.values():
         _check_tensor(tensor, file, out_features, str(out_features), rank)
+    if "base" in tensors:
+        shape = file.get_slice(tensors["base"]).get_shape()
+        _check_tensor(tensors["base"], file, shape, str(shape), rank)
     file_dtype = file.get_slice(sides["A"]).get_dtype()
     scaling = config.scaling_of(name)
     return TargetedModule(name, rank, in_features[0], out_features[0], scaling, file_dtype, tensors)

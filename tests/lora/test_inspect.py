@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from safetensors.torch import load_file, save_file
 
 from loraplex.benchmarks.synthetic_adapters import llama_spec, write_adapter
 from loraplex.lora.inspect import inspect_adapter
 from loraplex.lora.loader import load_adapter
+from loraplex.lora.spec import LoRAModule
 
 SPEC = llama_spec()
 PAGE_BYTES = 16 * 1024
@@ -36,6 +40,28 @@ def test_report_of_an_adapter_that_fits(tmp_path):
     assert "2,944 in F16" in text
     assert f"{image.num_pages} pages of 16,384" in text
     assert "fits:        the base model (LlamaForCausalLM)" in text
+
+
+def test_report_tells_the_kind(tmp_path):
+    modules = ["q_proj"]
+    path = write_adapter(tmp_path, SPEC, rank=4, modules=modules, layers=[0], use_dora=True)
+    weights = path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"] = (
+        torch.ones(64)
+    )  # fmt: skip
+    tensors["base_model.model.lm_head.weight"] = torch.ones(50, 64)
+    save_file(tensors, weights)
+    head = LoRAModule("lm_head", "lm_head", 64, 50)
+    report = inspect_adapter(str(path), (replace(SPEC, head=head), PAGE_BYTES))
+    assert report.fits, report.refusal
+    assert report.num_parameters == 4 * 128 + 64 + 50 * 64
+    assert "rank 4, alpha 4, scaling 1 (alpha / rank), 1 layer, with magnitude" in report.render()
+    assert "lm_head:     replaced whole, 50 x 64" in report.render()
+
+    path = write_adapter(tmp_path / "other", SPEC, rank=4, alora_invocation_tokens=[7, 9])
+    report = inspect_adapter(str(path), (SPEC, PAGE_BYTES))
+    assert "acts:        from tokens 7, 9 of the prompt on (aLoRA)" in report.render()
 
 
 def test_report_without_a_base_model(tmp_path):
