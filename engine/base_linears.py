@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 
 import torch
@@ -60,6 +60,19 @@ class ModelLinears:
 
     def is_embedding(self, matrix: Tensor) -> bool:
         return matrix.shape == self._like.shape and _is_close(matrix, self._like.cpu())
+
+    def embedding_rows(self, token_ids: Sequence[int]) -> Tensor:
+        return self._like[list(token_ids)].float().cpu()
+
+    @torch.inference_mode()
+    def head_rows(self, token_ids: Sequence[int]) -> Tensor:
+        assert self._head is not None
+        like, hidden_size = self._like, self._like.shape[1]
+        zeros = torch.zeros(1, hidden_size, dtype=like.dtype, device=like.device)
+        bias = self._head(zeros, None)[:, list(token_ids)].float()
+        eye = torch.eye(hidden_size, dtype=like.dtype, device=like.device)
+        columns = [self._head(x, None)[:, list(token_ids)] for x in eye.split(ROWS)]
+        return (torch.cat(columns).float() - bias).T.cpu()
 
     @torch.inference_mode()
     def is_head(self, matrix: Tensor) -> bool:

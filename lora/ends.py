@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex.lora.image import TILE_COLUMNS, TILE_RANKS, AdapterWeights, EndWeights
+from loraplex.lora.peft_config import CONFIG_FILE, PeftConfig
 from loraplex.lora.peft_file import TargetedModule
 from loraplex.lora.spec import AdapterError, AdapterTraits, BaseModelSpec, EndTiles, LoRAModule
 
@@ -31,11 +32,13 @@ def place_ends(
     modules: Sequence[TargetedModule],
     tensors: Callable[[str], Tensor],
     spec: BaseModelSpec,
+    config: PeftConfig,
 ) -> AdapterWeights:
     """The weights with what these modules, each the embedding or the head, have.
 
     Raises AdapterError for what does not fit, or is not served there.
     """
+    names = [module.name for module in modules]
     for module in modules:
         is_head = spec.head is not None and module.name == spec.head.path
         base = spec.head if is_head else spec.embedding
@@ -45,6 +48,14 @@ def place_ends(
                 f"tensor {name!r} is not allowed: magnitudes and biases of {base.name} are not "
                 "served"
             )
+        if "tokens" in module.tensors:
+            own = _replace_rows(module, tensors, is_head, spec, config)
+            weights = replace(weights, **{"head" if is_head else "embedding": own})
+            assert spec.head is not None
+            if spec.is_tied and not is_head and spec.head.path not in names:
+                tied = _replace_rows(module, tensors, True, spec, config)
+                weights = replace(weights, head=tied)
+            continue
         _check_shapes(module, base, is_head)
         if "base" in module.tensors:
             _check_copy(tensors(module.tensors["base"]), module.tensors["base"], is_head, spec)
@@ -56,6 +67,42 @@ def place_ends(
             )
         weights = replace(weights, **{"head" if is_head else "embedding": end})
     return weights
+
+
+def _replace_rows(
+    module: TargetedModule,
+    tensors: Callable[[str], Tensor],
+    is_head: bool,
+    spec: BaseModelSpec,
+    config: PeftConfig,
+) -> EndWeights:
+    """Rows of tokens' own, as LoRA: one rank for each, which is its difference from the base
+    model's row, picked by the token."""
+    name, token_ids = module.tensors["tokens"], config.trained_tokens_of(module.name)
+    assert spec.embedding is not None
+    vocab_size, hidden_size = spec.embedding.in_features, spec.embedding.out_features
+    if not token_ids or (
+        [module.out_features, module.in_features] != [len(token_ids), hidden_size]
+    ):
+        raise AdapterError(
+            f"tensor {name!r} has shape {[module.out_features, module.in_features]}, expected "
+            f"{[len(token_ids), hidden_size]}: {CONFIG_FILE} has {len(token_ids)} "
+            "trainable_token_indices for it"
+        )
+    if len(set(token_ids)) < len(token_ids) or max(token_ids) >= vocab_size:
+        raise AdapterError(
+            f"{CONFIG_FILE}: trainable_token_indices={list(token_ids)[:10]} is not allowed: they "
+            f"must be distinct, and below {vocab_size}, the base model's vocabulary"
+        )
+    linears = spec.linears
+    if linears is None:
+        raise AdapterError(f"tensor {name!r} depends on the base model's, which is not here")
+    rows = linears.head_rows(token_ids) if is_head else linears.embedding_rows(token_ids)
+    difference = tensors(name).float() - rows
+    pick = F.one_hot(torch.tensor(token_ids), vocab_size).float()
+    if is_head:
+        return EndWeights(difference, pick.T.contiguous())
+    return EndWeights(pick, difference.T.contiguous())
 
 
 def _check_shapes(module: TargetedModule, base: LoRAModule, is_head: bool) -> None:

@@ -90,7 +90,7 @@ def place_weights(
 def _locate(
     module: TargetedModule, all_modules: Mapping[str, TargetedModule], spec: BaseModelSpec
 ) -> list[Part]:
-    for kind in ("replacement", "base"):
+    for kind in ("replacement", "tokens", "base"):
         if kind in module.tensors:
             raise not_served(module.tensors[kind])
     match = re.fullmatch(rf"{re.escape(spec.layer_path)}\.(\d{{1,6}})\.(.+)", module.name)

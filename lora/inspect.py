@@ -125,6 +125,13 @@ class _LinearsOfOnes:
     def is_embedding(self, matrix: torch.Tensor) -> bool:
         return True
 
+    def embedding_rows(self, token_ids: Sequence[int]) -> torch.Tensor:
+        assert self.spec.embedding is not None
+        return torch.ones(len(token_ids), self.spec.embedding.out_features)
+
+    def head_rows(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return self.embedding_rows(token_ids)
+
     def is_head(self, matrix: torch.Tensor) -> bool:
         return True
 
@@ -138,6 +145,9 @@ def _module_facts(
         by_kind.setdefault(module.name.rpartition(".")[2], []).append(module)
     rule = "alpha / sqrt(rank)" if config.use_rslora else "alpha / rank"
     for kind, same in by_kind.items():
+        if "tokens" in same[0].tensors:
+            yield kind, f"rows of {same[0].out_features} tokens replaced"
+            continue
         if same[0].rank == 0:
             yield kind, f"replaced whole, {same[0].out_features} x {same[0].in_features}"
             continue

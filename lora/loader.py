@@ -47,7 +47,9 @@ def read_adapter(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterW
     weights = place_weights(parts, tensors, spec, dtype)
     for part in parts:
         add_vectors(weights, part, tensors, spec)
-    weights = place_ends(weights, [m for m in modules if m.name in end_names], tensors, spec)
+    weights = place_ends(
+        weights, [m for m in modules if m.name in end_names], tensors, spec, config
+    )
     weights = replace(weights, invocation_token_ids=config.invocation_token_ids)
     if adapter_fingerprint(path) != fingerprint:
         raise AdapterError(f"the files in {path!r} changed while they were being read")

@@ -63,6 +63,7 @@ UNDERSTOOD_KEYS = frozenset(
         "rank_pattern",
         "target_modules",
         "target_parameters",
+        "trainable_token_indices",
         "use_dora",
         "use_rslora",
     )
@@ -86,6 +87,8 @@ class PeftConfig:
     """Whether B has biases."""
     bias: str
     """Which of the base model's biases were trained: "none", "lora_only" or "all"."""
+    trained_token_ids: Mapping[str, tuple[int, ...]]
+    """Tokens whose rows were trained, by the end of the module's name, as in "embed_tokens"."""
     invocation_token_ids: tuple[int, ...]
     """Of an activated LoRA: it acts from the last place on where the prompt has these tokens. ():
     it is none, and acts everywhere."""
@@ -108,6 +111,12 @@ class PeftConfig:
         """What B A is multiplied by."""
         rank = self.rank_of(module_name)
         return self.alpha_of(module_name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def trained_tokens_of(self, module_name: str) -> tuple[int, ...]:
+        for module, token_ids in self.trained_token_ids.items():
+            if f".{module_name}".endswith(f".{module}"):
+                return token_ids
+        return ()
 
     def targets(self, module_name: str) -> bool:
         """Whether the configuration has an adapter on this module."""
@@ -187,6 +196,7 @@ def parse_peft_config(values: Mapping[str, Any]) -> PeftConfig:
         use_dora=_read_switch(values, "use_dora"),
         lora_bias=_read_switch(values, "lora_bias"),
         bias=values.get("bias") or "none",
+        trained_token_ids=_read_trained_tokens(values),
         invocation_token_ids=_read_token_ids(values, "alora_invocation_tokens"),
         target_modules=target_modules,
         target_weights=_read_target_weights(values),
@@ -236,6 +246,18 @@ def _read_token_ids(values: Mapping[str, Any], name: str) -> tuple[int, ...]:
     is_list = isinstance(token_ids, list) and all(type(t) is int and t >= 0 for t in token_ids)
     _check(name, token_ids, is_list, "a list of token ids")
     return tuple(token_ids)
+
+
+def _read_trained_tokens(values: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    name = "trainable_token_indices"
+    by_module = values.get(name) or {}
+    if not isinstance(by_module, dict):
+        # PEFT's rule: a list is for the embedding.
+        return {"embed_tokens": _read_token_ids(values, name)}
+    return {
+        module: _read_token_ids({f"{name}[{module!r}]": token_ids}, f"{name}[{module!r}]")
+        for module, token_ids in by_module.items()
+    }
 
 
 def _read_switch(values: Mapping[str, Any], name: str) -> bool:

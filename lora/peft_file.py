@@ -26,6 +26,7 @@ TENSOR_KINDS = {
     "bias": r"(base_layer\.)?bias",
     "base": r"base_layer\.weight",
     "replacement": r"weight",
+    "tokens": r"token_adapter\.trainable_tokens_delta",
 }
 VECTOR_NAMES = {"magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
 VECTOR_KINDS = "magnitude", "lora_bias", "bias"
@@ -44,13 +45,14 @@ class TargetedModule:
     name: str
     """PEFT's, as in "model.layers.0.self_attn.q_proj"."""
     rank: int
-    """0: it has no A and B, but a matrix that replaces the base model's."""
+    """0: it has no A and B, but a matrix that replaces the base model's, or rows of it."""
     in_features: int
     out_features: int
     scaling: float
     file_dtype: str
     tensors: Mapping[str, str]
-    """Names of its tensors by kind: "A" and "B" or "replacement", and what else there is."""
+    """Names of its tensors by kind: "A" and "B", "replacement" or "tokens", and what else there
+    is."""
 
     @property
     def tensor_a(self) -> str:
@@ -148,14 +150,15 @@ def _check_module(
     name: str, tensors: dict[str, str], config: PeftConfig, file: Any
 ) -> TargetedModule:
     """tensors: names by kind."""
-    if tensors.keys() == {"replacement"}:
-        return _check_replacement(name, tensors, file)
-    if "replacement" in tensors and len(tensors) > 1:
-        other = next(tensors[kind] for kind in tensors if kind != "replacement")
-        raise AdapterError(
-            f"tensor {tensors['replacement']!r} is not allowed beside {other!r}: a module has LoRA "
-            "or a matrix of its own"
-        )
+    for kind in ("replacement", "tokens"):
+        if kind in tensors and len(tensors) > 1:
+            other = next(tensors[other] for other in tensors if other != kind)
+            raise AdapterError(
+                f"tensor {tensors[kind]!r} is not allowed beside {other!r}: a module has LoRA, or "
+                "a matrix or rows of its own"
+            )
+        if kind in tensors:
+            return _check_replacement(name, tensors, file)
     for side in "AB":
         if side not in tensors:
             other = next(iter(tensors.values()))
@@ -199,10 +202,11 @@ def _check_module(
 
 
 def _check_replacement(name: str, tensors: dict[str, str], file: Any) -> TargetedModule:
-    tensor = file.get_slice(tensors["replacement"])
+    (tensor_name,) = tensors.values()
+    tensor = file.get_slice(tensor_name)
     shape, file_dtype = tensor.get_shape(), tensor.get_dtype()
     if len(shape) != 2 or file_dtype not in SERVED_DTYPES:
-        raise not_served(tensors["replacement"])
+        raise not_served(tensor_name)
     return TargetedModule(name, 0, shape[1], shape[0], 1.0, file_dtype, tensors)
 
 

@@ -55,6 +55,12 @@ class BaseLinears(Protocol):
     def is_embedding(self, matrix: torch.Tensor) -> bool:
         """Whether it is the embedding, as far as rounding lets one tell."""
 
+    def embedding_rows(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """[len(token_ids), hidden_size]"""
+
+    def head_rows(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Of the head's weight, [len(token_ids), hidden_size]."""
+
     def is_head(self, matrix: torch.Tensor) -> bool:
         """Whether it is the head's weight, as far as rounding lets one tell."""
 
@@ -112,6 +118,8 @@ class BaseModelSpec:
     """Of names in full, as in "model.embed_tokens", and from token ids to hidden states."""
     head: LoRAModule | None = None
     """The same, from hidden states to logits."""
+    is_tied: bool = False
+    """Whether the head's weight is the embedding."""
     linears: BaseLinears | None = field(default=None, compare=False, repr=False)
     """None: only what fits is known, so that adapters that need them can't be loaded."""
 

@@ -147,6 +147,7 @@ def base_model_spec(hf_config: Any) -> BaseModelSpec:
         layer_path=model.LAYERS,
         embedding=embedding,
         head=head,
+        is_tied=isinstance(model, Decoder) and model.is_tied,
     )
 
 

@@ -130,6 +130,11 @@ ENDS = {
     "head": {"target_modules": ["lm_head"]},
     "embedding": {"target_modules": ["embed_tokens"], "use_rslora": True},
     "saved": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [*range(3, 210, 9)]},
+    "tokens-of-both": {
+        "target_modules": ["v_proj"],
+        "trainable_token_indices": {"embed_tokens": [3, 7, 100, 101], "lm_head": [5, 8]},
+    },
     "saved-head": {**PLAIN, "modules_to_save": ["lm_head"]},
 }
 

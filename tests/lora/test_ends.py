@@ -110,6 +110,7 @@ EMBEDDING_LORA = {
     "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, VOCAB_SIZE),
     "base_model.model.model.embed_tokens.lora_embedding_B": torch.ones(HIDDEN, 4),
 }
+TOKENS = "base_model.model.model.embed_tokens.token_adapter"
 SAVED = {"base_model.model.lm_head.weight": HEAD}
 
 
@@ -163,6 +164,16 @@ def test_copies_of_the_base_model_are_taken_for_what_they_are(tmp_path):
             "magnitudes and biases of lm_head are not served",
         ),
         (SAVED, {"alora_invocation_tokens": [1]}, "not allowed beside alora_invocation_tokens"),
+        (
+            {f"{TOKENS}.trainable_tokens_delta": torch.ones(2, HIDDEN)},
+            {"trainable_token_indices": [1, 2, 3]},
+            "trainable_tokens_delta' has shape [2, 70], expected [3, 70]",
+        ),
+        (
+            {f"{TOKENS}.trainable_tokens_delta": torch.ones(2, HIDDEN)},
+            {"trainable_token_indices": [1, VOCAB_SIZE]},
+            "trainable_token_indices=[1, 77] is not allowed: they must be distinct, and below 77",
+        ),
         (HEAD_LORA | SAVED, {}, "'base_model.model.lm_head.weight' is not allowed beside"),
         (
             {"base_model.model.lm_head.weight": torch.full((VOCAB_SIZE, HIDDEN), torch.nan)},
@@ -170,7 +181,7 @@ def test_copies_of_the_base_model_are_taken_for_what_they_are(tmp_path):
             "tensor of the head is not allowed: it holds infinite or NaN values",
         ),
     ],
-    ids=range(8),
+    ids=range(10),
 )  # fmt: skip
 def test_what_is_not_served_is_refused_by_name(tmp_path, tensors, config, complaint):
     path = write(tmp_path, tensors, **config)
