@@ -79,8 +79,8 @@ def add_vectors(
 class VectorBatch:
     """A step's adapters, of which some have gains and offsets. See LoRABatch.
 
-    Plain torch, for any device: some ten small operations a linear, and two for each segment with
-    vectors.
+    Plain torch, for any device: a few small operations for each module of a linear, and for each
+    segment with vectors.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class VectorBatch:
         self._page_tables = torch.from_numpy(page_tables[segments]).long().to(pool.device)
         shape = spec.num_layers, spec.num_modules, HEADER_FIELDS
         header = pool[self._page_tables[:, 0], : 4 * int(np.prod(shape))]
+        self._places: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._first_tiles = header.view(torch.int32).view(-1, *shape)[..., 3].long()
 
     def add(self, y: Tensor, x: Tensor, linear: LinearWithLoRA) -> None:
@@ -121,13 +122,22 @@ class VectorBatch:
 
     def _scale_and_shift(self, y: Tensor, layer: int, module: int) -> None:
         """y [num_tokens, out_features], in place, of one module."""
-        first = self._first_tiles[:, layer, module, None]
-        num_tiles = num_vector_tiles(y.shape[1], self._tile_bytes)
-        tiles = first + torch.arange(2 * num_tiles, device=y.device)
-        # Where an adapter has no vectors here, whatever is read is dropped.
-        page_index = (tiles // self._tiles_per_page).clamp(max=self._page_tables.shape[1] - 1)
-        found = self._tiles[self._page_tables.gather(1, page_index), tiles % self._tiles_per_page]
+        if module not in self._places:
+            self._places[module] = self._find(module, y.shape[1])
+        pages, slots, is_missing = self._places[module]
+        found = self._tiles[pages[:, layer], slots[:, layer]]
         vectors = found.view(torch.float32).view(len(found), 2, -1)[..., : y.shape[1]]
-        vectors = vectors.masked_fill((first == 0)[..., None], 0)
+        vectors = vectors.masked_fill(is_missing[:, layer, :, None], 0)
         for rows, (gain, offset) in zip(self._rows, vectors, strict=True):
             y[rows] = torch.addcmul(offset, y[rows].float(), 1 + gain).to(y.dtype)
+
+    def _find(self, module: int, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a module's vectors are, of all layers at once: pages and slots of their tiles,
+        [segments, num_layers, tiles], and whether there are none, [segments, num_layers, 1]."""
+        first = self._first_tiles[:, :, module, None]
+        num_tiles = 2 * num_vector_tiles(out_features, self._tile_bytes)
+        tiles = first + torch.arange(num_tiles, device=first.device)
+        # Where an adapter has no vectors, whatever is read is dropped.
+        page_index = (tiles // self._tiles_per_page).clamp(max=self._page_tables.shape[1] - 1)
+        pages = self._page_tables.gather(1, page_index.flatten(1)).view_as(tiles)
+        return pages, tiles % self._tiles_per_page, first == 0

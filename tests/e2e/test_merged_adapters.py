@@ -9,7 +9,7 @@ from oracle import Oracle
 from peft.tuners.lora import LoraLayer
 from tiny_model import check_against_peft, tiny_llm, write_peft_adapter, write_tiny_model
 
-from loraplex import LoRARequest, MergedAdapters
+from loraplex import LoRARequest, MergedAdapters, SamplingParams
 
 CONFIGS = {
     "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
@@ -96,7 +96,8 @@ def test_another_scale_is_another_adapter_for_the_prefix_cache(model_path, adapt
         prompt, hits = list(range(40)), []
         for scale in (1.0, 0.5, 1.0, 0.5):
             request = plain(adapters, "linear", scale=scale)
-            llm.generate([{"prompt_token_ids": prompt}], None, request, use_tqdm=False)
+            params = SamplingParams(max_tokens=1, detokenize=False)
+            llm.generate([{"prompt_token_ids": prompt}], params, request, use_tqdm=False)
             hits.append(llm.stats()["prefix_hit_tokens"])
     assert hits == [0, 0, 32, 64]
 

@@ -85,11 +85,14 @@ def tiny_llm(model_path: Path, **options: Any) -> LLM:
     return LLM(
         str(model_path),
         skip_tokenizer_init=True,
-        dtype="float32",
-        pool_bytes=16 << 20,
-        max_num_batched_tokens=64,
-        max_num_seqs=32,
-        **options,
+        **{
+            "device": "cpu",
+            "dtype": "float32",
+            "pool_bytes": 16 << 20,
+            "max_num_batched_tokens": 64,
+            "max_num_seqs": 32,
+            **options,
+        },
     )
 
 
