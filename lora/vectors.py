@@ -31,6 +31,7 @@ from loraplex.lora.layers import LinearWithLoRA, LoRABatch
 from loraplex.lora.spec import AdapterError, AdapterTraits, BaseModelSpec
 
 Tensor = torch.Tensor
+CHUNK_ROWS = 256
 Int32Array = npt.NDArray[np.int32]
 
 
@@ -79,8 +80,7 @@ def add_vectors(
 class VectorBatch:
     """A step's adapters, of which some have gains and offsets. See LoRABatch.
 
-    Plain torch, for any device: a few small operations for each module of a linear, and for each
-    segment with vectors.
+    Plain torch, for any device: a few small operations for each module of a linear.
     """
 
     def __init__(
@@ -104,9 +104,14 @@ class VectorBatch:
         self._tiles_per_page = pool.shape[1] // self._tile_bytes
         used = pool[:, : self._tiles_per_page * self._tile_bytes]
         self._tiles = used.unflatten(1, (self._tiles_per_page, self._tile_bytes))
-        self._rows = [
-            slice(*segment_indptr[segment : segment + 2].tolist()) for segment in segments
-        ]
+        rows = [np.arange(*segment_indptr[i : i + 2], dtype=np.int64) for i in segments]
+        index = np.repeat(np.arange(len(segments)), [len(r) for r in rows])
+        # (rows, indices of their vectors), of so few rows that the vectors of each may be laid out.
+        self._chunks = [
+            tuple(torch.from_numpy(part[begin : begin + CHUNK_ROWS]).to(pool.device)
+                  for part in (np.concatenate(rows), index))
+            for begin in range(0, len(index), CHUNK_ROWS)
+        ]  # fmt: skip
         self._page_tables = torch.from_numpy(page_tables[segments]).long().to(pool.device)
         shape = spec.num_layers, spec.num_modules, HEADER_FIELDS
         header = pool[self._page_tables[:, 0], : 4 * int(np.prod(shape))]
@@ -128,8 +133,10 @@ class VectorBatch:
         found = self._tiles[pages[:, layer], slots[:, layer]]
         vectors = found.view(torch.float32).view(len(found), 2, -1)[..., : y.shape[1]]
         vectors = vectors.masked_fill(is_missing[:, layer, :, None], 0)
-        for rows, (gain, offset) in zip(self._rows, vectors, strict=True):
-            y[rows] = torch.addcmul(offset, y[rows].float(), 1 + gain).to(y.dtype)
+        vectors[:, 0] += 1
+        for rows, index in self._chunks:
+            gain, offset = vectors[index].unbind(1)
+            y[rows] = torch.addcmul(offset, y[rows].float(), gain).to(y.dtype)
 
     def _find(self, module: int, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where a module's vectors are, of all layers at once: pages and slots of their tiles,

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex.benchmarks.synthetic_adapters import llama_spec, write_adapter
+from loraplex.lora import vectors
 from loraplex.lora.image import AdapterWeights, pack_image
 from loraplex.lora.layers import LinearWithLoRA
 from loraplex.lora.loader import load_adapter
@@ -39,14 +40,16 @@ def weights_with(places, dtype, seed) -> AdapterWeights:
         weights.a[place] = torch.randn(9, module.in_features, generator=generator)
         weights.b[place] = torch.randn(module.out_features, 9, generator=generator)
         if place in places:
-            vectors = torch.randn(2, module.out_features, generator=generator)
-            weights.gains[place], weights.offsets[place] = vectors
+            gain_and_offset = torch.randn(2, module.out_features, generator=generator)
+            weights.gains[place], weights.offsets[place] = gain_and_offset
     return weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tail", [0, 500])
-def test_rows_get_their_own_adapters_gain_and_offset(dtype, tail):
+@pytest.mark.parametrize("chunk_rows", [3, 256])
+def test_rows_get_their_own_adapters_gain_and_offset(dtype, tail, chunk_rows, monkeypatch):
+    monkeypatch.setattr(vectors, "CHUNK_ROWS", chunk_rows)
     page_bytes = 3 * 512 * dtype.itemsize + tail
     adapters = [
         weights_with([], dtype, 0),
