@@ -122,6 +122,7 @@ class AdapterLifecycle:
             "num_pages": len(adapter.pages),
             "pinned": adapter.pinned_tier,
             "num_requests": adapter.num_requests,
+            "num_running": adapter.num_users,
         }
 
     def _start(self, operation: Operation) -> Future[dict[str, Any]]:

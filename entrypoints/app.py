@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -11,6 +14,7 @@ import loraplex
 from loraplex.engine.core_client import EngineDeadError
 from loraplex.entrypoints import (
     adapter_routes,
+    admin_routes,
     lorax_routes,
     openai_chat,
     openai_completions,
@@ -24,14 +28,25 @@ from loraplex.entrypoints.server_config import ServerConfig
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import json_error
 
+PUBLIC = (openai_completions, openai_chat, lorax_routes, operator_routes)
+# These may have a port of their own.
+ADMIN = (admin_routes, adapter_routes, operator_routes)
+EVERYTHING = (*PUBLIC, admin_routes, adapter_routes)
 
-def build_app(serving: Serving, config: ServerConfig, keys: KeyRing | None) -> FastAPI:
-    """The application over a started engine. keys: who may call; None: everybody."""
+
+def build_app(
+    serving: Serving,
+    config: ServerConfig,
+    keys: KeyRing | None,
+    modules: Sequence[ModuleType] = EVERYTHING,
+) -> FastAPI:
+    """An application over a started engine. keys: who may call; None: everybody. modules: whose
+    routes it has."""
     app = FastAPI(title="Loraplex", version=loraplex.__version__)
     app.state.serving = serving
     app.state.is_draining = False
     app.state.adapter_places = AdapterPlaces(config.allow_runtime_lora or ())
-    for module in (openai_completions, openai_chat, lorax_routes, operator_routes, adapter_routes):
+    for module in modules:
         app.include_router(module.router)
     # Each by name: what only Exception's handler knows is logged as a crash.
     for kind in (ApiError, EngineDeadError, IncompleteGeneration, ValueError, HTTPException,
@@ -40,7 +55,7 @@ def build_app(serving: Serving, config: ServerConfig, keys: KeyRing | None) -> F
     app.add_middleware(
         Gate,
         keys=keys,
-        admin_paths=adapter_routes.ADMIN_PATHS,
+        admin_paths=admin_routes.ADMIN_PATHS | adapter_routes.ADMIN_PATHS,
         max_request_bytes=config.max_request_bytes,
         error_response=error_response,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -15,6 +17,7 @@ SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0,
     100.0, 250.0,
 )  # fmt: skip
+LENGTHS = tuple(2**i for i in range(18))
 PAGE_STATES = ("free", "kv", "kv_cached", "adapter", "adapter_idle")
 GAUGES = {
     "num_running": ("num_requests_running", "Requests that run."),
@@ -36,6 +39,7 @@ ADAPTER_COUNTERS = {
 PHASES = ("queue", "download", "host_load", "copy", "prefill")
 COUNTERS = {
     "steps": ("engine_steps", "Steps of the engine."),
+    "requests_isolated": ("requests_isolated", "Requests refused because they broke a step."),
     "preemptions": ("num_preemptions", "Requests that gave their memory back and began again."),
     "adapter_loads": ("adapter_loads", "Adapters copied into the page pool."),
     "adapter_evictions": ("adapter_evictions", "Adapters whose pages were reclaimed."),
@@ -48,16 +52,55 @@ COUNTERS = {
 }
 
 
+# Labels with adapters' names are given to so many at most: clients may make up names.
+MOST_ADAPTERS = 1000
+OTHER_ADAPTERS = "(others)"
+# The names that dashboards made for vLLM and LoRAX know the same numbers by.
+ALIASES = {
+    "num_requests_running": ("vllm:num_requests_running", "lorax_batch_current_size"),
+    "num_requests_waiting": ("vllm:num_requests_waiting", "lorax_queue_length"),
+    "kv_cache_usage": ("vllm:kv_cache_usage_perc",),
+    "num_preemptions": ("vllm:num_preemptions",),
+    "prefix_cache_hit_tokens": ("vllm:prefix_cache_hits",),
+    "prompt_tokens": ("vllm:prompt_tokens",),
+    "generation_tokens": ("vllm:generation_tokens",),
+    "request_success": ("vllm:request_success", "lorax_request_success"),
+    "request_failure": ("lorax_request_failure",),
+    "requests": ("lorax_request_count",),
+    "request_prompt_tokens": ("vllm:request_prompt_tokens", "lorax_request_input_length"),
+    "request_generation_tokens": (
+        "vllm:request_generation_tokens", "lorax_request_generated_tokens",
+    ),
+    "time_to_first_token_seconds": ("vllm:time_to_first_token_seconds",),
+    "time_per_output_token_seconds": (
+        "vllm:request_time_per_output_token_seconds", "lorax_request_mean_time_per_token_duration",
+    ),
+    "request_queue_time_seconds": (
+        "vllm:request_queue_time_seconds", "lorax_request_queue_duration",
+    ),
+    "request_inference_time_seconds": (
+        "vllm:request_inference_time_seconds", "lorax_request_inference_duration",
+    ),
+    "e2e_request_latency_seconds": ("vllm:e2e_request_latency_seconds", "lorax_request_duration"),
+}  # fmt: skip
+
+
 class CoreCollector(Collector):
-    """The numbers of the core's stats; set `stats` before a scrape. None while it can't tell."""
+    """The numbers of the core; set them before a scrape. None while it can't tell."""
 
     def __init__(self) -> None:
         self.stats: dict[str, Any] | None = None
+        self.adapters: list[dict[str, Any]] = []
 
     def collect(self) -> Iterator[Metric]:
         stats = self.stats
         if stats is None:
             return
+        in_use = stats["pages_kv"] / stats["pages_total"]
+        yield GaugeMetricFamily(
+            "loraplex_kv_cache_usage", "Part of the pool that holds KV in use.", value=in_use
+        )
+        yield from self._collect_adapters()
         pages = GaugeMetricFamily("loraplex_pages", "Pages of the pool by state.", labels=["state"])
         for state in PAGE_STATES:
             pages.add_metric([state], stats[f"pages_{state}"])
@@ -76,6 +119,61 @@ class CoreCollector(Collector):
             for name, counts in adapters.items():
                 family.add_metric([name], counts[key])
             yield family
+
+    def _collect_adapters(self) -> Iterator[Metric]:
+        families = {
+            "num_running": GaugeMetricFamily(
+                "loraplex_adapter_requests_running", "Requests that run.", labels=["adapter"]
+            ),
+            "num_waiting": GaugeMetricFamily(
+                "loraplex_adapter_requests_waiting", "Requests that wait.", labels=["adapter"]
+            ),
+            "num_pages": GaugeMetricFamily(
+                "loraplex_adapter_pages", "Pages in the pool.", labels=["adapter"]
+            ),
+        }
+        # An adapter may be there in several versions.
+        totals: dict[str, Counts] = {}
+        for adapter in sorted(self.adapters, key=itemgetter("num_requests"), reverse=True):
+            name = adapter["lora_name"]
+            if name not in totals and len(totals) >= MOST_ADAPTERS:
+                name = OTHER_ADAPTERS
+            totals.setdefault(name, Counts()).update(
+                num_running=adapter["num_running"],
+                num_waiting=adapter["num_requests"] - adapter["num_running"],
+                num_pages=adapter["num_pages"],
+            )
+        for name, counts in totals.items():
+            for key, family in families.items():
+                family.add_metric([name], counts[key])
+        yield from families.values()
+
+
+class AliasCollector(Collector):
+    """The numbers of a registry again, by the names that others have for them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            for alias in ALIASES.get(metric.name.removeprefix("loraplex_"), ()):
+                yield _renamed(metric, alias)
+
+
+def _renamed(metric: Metric, name: str) -> Metric:
+    # LoRAX's counters don't end in _total, which the format asks of counters.
+    is_lorax = name.startswith("lorax_")
+    kind = "unknown" if is_lorax and metric.type == "counter" else metric.type
+    renamed = Metric(name, metric.documentation, kind)
+    for sample in metric.samples:
+        suffix = sample.name.removeprefix(metric.name)
+        if suffix == "_created":
+            continue
+        if kind == "unknown":
+            suffix = ""
+        renamed.add_sample(name + suffix, sample.labels, sample.value)
+    return renamed
 
 
 class ServerMetrics:
@@ -124,6 +222,21 @@ class ServerMetrics:
             "What a request waited for until its first token.",
             ["phase"], buckets=SECONDS, registry=registry,
         )  # fmt: skip
+        self._inference = Histogram(
+            "loraplex_request_inference_time_seconds", "From the first step to the last token.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self._prompt_lengths = Histogram(
+            "loraplex_request_prompt_tokens", "Prompt tokens of a request.",
+            buckets=LENGTHS, registry=registry,
+        )  # fmt: skip
+        self._output_lengths = Histogram(
+            "loraplex_request_generation_tokens", "Tokens generated for a request.",
+            buckets=LENGTHS, registry=registry,
+        )  # fmt: skip
+        self._aliases = CollectorRegistry()
+        self._aliases.register(AliasCollector(registry))
+        self._adapters: set[str] = {""}
         self._end_to_end = Histogram(
             "loraplex_e2e_request_latency_seconds", "From arrival to the last token.",
             buckets=SECONDS, registry=registry,
@@ -131,6 +244,11 @@ class ServerMetrics:
 
     def request_started(self, adapter: str) -> None:
         """A request for this adapter; "" is the base model."""
+        if adapter not in self._adapters:
+            if len(self._adapters) > MOST_ADAPTERS:
+                adapter = OTHER_ADAPTERS
+            else:
+                self._adapters.add(adapter)
         self._requests.labels(adapter).inc()
 
     def request_ended(self, output: RequestOutput | None) -> None:
@@ -144,6 +262,8 @@ class ServerMetrics:
             num_tokens += len(completion.token_ids)
         self._prompt_tokens.inc(len(output.prompt_token_ids))
         self._generation_tokens.inc(num_tokens)
+        self._prompt_lengths.observe(len(output.prompt_token_ids))
+        self._output_lengths.observe(num_tokens)
         if output.finished:
             self._observe_times(output, num_tokens / len(output.outputs))
 
@@ -151,16 +271,17 @@ class ServerMetrics:
         """A request ended with an error of this HTTP status."""
         self._failures.labels(str(status)).inc()
 
-    def render(self, core_stats: dict[str, Any] | None) -> bytes:
-        """The text that Prometheus reads."""
-        self._core.stats = core_stats
-        return generate_latest(self._registry)
+    def render(self, core: tuple[dict[str, Any], list[dict[str, Any]]] | None) -> bytes:
+        """The text that Prometheus reads. core: its stats and adapters, if it can tell."""
+        self._core.stats, self._core.adapters = core or (None, [])
+        return generate_latest(self._registry) + generate_latest(self._aliases)
 
     def _observe_times(self, output: RequestOutput, num_tokens: float) -> None:
         times = output.metrics
         self._end_to_end.observe(times.finished_time - times.arrival_time)
         if times.first_scheduled_time:
             self._queue.observe(times.first_scheduled_time - times.arrival_time)
+            self._inference.observe(times.finished_time - times.first_scheduled_time)
         if times.first_token_time:
             self._first_token.observe(times.first_token_time - times.arrival_time)
             for phase in PHASES:

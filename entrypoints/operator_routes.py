@@ -1,23 +1,15 @@
-"""The routes for whoever runs the server: models, health, metrics, version."""
+"""The routes that tell what is served, and whether it is: models, health, version."""
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 
 import loraplex
-from loraplex.engine.async_engine import AsyncEngine
-from loraplex.engine.core_client import EngineDeadError
 from loraplex.entrypoints.errors import ApiError
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import json_response
 
 router = APIRouter()
-
-# How long, in seconds, a scrape waits for a core that is busy with a long step.
-STATS_WAIT = 5.0
 
 
 @router.get("/v1/models")
@@ -60,21 +52,6 @@ async def check_health(request: Request) -> Response:
     return Response()
 
 
-@router.get("/metrics")
-async def show_metrics(request: Request) -> Response:
-    """For Prometheus. Without the core's numbers while it can't give them."""
-    serving: Serving = request.app.state.serving
-    text = serving.metrics.render(await _core_stats(serving.engine))
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-
 @router.get("/version")
 async def show_version() -> Response:
     return json_response({"version": loraplex.__version__})
-
-
-async def _core_stats(engine: AsyncEngine) -> dict | None:
-    try:
-        return await asyncio.wait_for(engine.stats(), STATS_WAIT)
-    except (EngineDeadError, TimeoutError):
-        return None

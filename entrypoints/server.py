@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.entrypoints.access_log import start_access_log
 from loraplex.entrypoints.api_keys import make_key_ring
-from loraplex.entrypoints.app import build_app
+from loraplex.entrypoints.app import ADMIN, EVERYTHING, PUBLIC, build_app
 from loraplex.entrypoints.metrics import ServerMetrics
 from loraplex.entrypoints.model_registry import ModelRegistry, adapter_request
 from loraplex.entrypoints.server_config import ServerConfig
@@ -54,8 +54,12 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
     if config.access_log:
         start_access_log()
     _allow_many_connections()
-    listener = _bind(config.host, config.port, config.client_timeout)
-    with contextlib.closing(listener), _signals() as signals:
+    with contextlib.ExitStack() as stack:
+        listeners = [
+            stack.enter_context(contextlib.closing(_bind(host, port, config.client_timeout)))
+            for host, port in _addresses(config)
+        ]
+        signals = stack.enter_context(_signals())
         try:
             await unless(signals.first.wait(), engine.start())
             if signals.first.is_set():
@@ -76,8 +80,15 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
                 config.tool_call_parser,
                 config.reasoning_parser,
             )
-            app = build_app(serving, config, keys)
-            await _serve_http(app, listener, engine, supervisor, signals, config.shutdown_grace)
+            has_two = config.admin_port is not None
+            apps = [
+                build_app(serving, config, keys, modules)
+                for modules in ((PUBLIC, ADMIN) if has_two else (EVERYTHING,))
+            ]
+            servers = [
+                RunningServer(app, listener) for app, listener in zip(apps, listeners, strict=True)
+            ]
+            await _run(servers, engine, supervisor, signals, config.shutdown_grace)
         finally:
             await engine.shutdown()
 
@@ -98,18 +109,56 @@ async def _preload_adapters(
     )
 
 
-async def _serve_http(
-    app: FastAPI,
-    listener: socket.socket,
+def _addresses(config: ServerConfig) -> list[tuple[str, int]]:
+    """Where to listen: for clients, and for administrators if they have a port of their own."""
+    addresses = [(config.host, config.port)]
+    if config.admin_port is not None:
+        addresses.append((config.admin_host, config.admin_port))
+    return addresses
+
+
+async def _run(
+    servers: list[RunningServer],
     engine: AsyncEngine,
     supervisor: Supervisor,
     signals: Signals,
     grace: float,
 ) -> None:
     """Answer until the first signal, then finish what runs, for `grace` seconds or until the
-    second signal. Raises EngineDeadError if the engine dies for good."""
-    server = Server(
-        uvicorn.Config(
+    second signal. The first server is the clients'; the others answer to the end.
+
+    Raises EngineDeadError if the engine dies for good.
+    """
+    supervising = asyncio.create_task(supervisor.run())
+    await unless(signals.first.wait(), asyncio.wait({supervising}))
+    for server in servers:
+        server.app.state.is_draining = True
+    servers[0].should_exit = True
+    second = asyncio.ensure_future(signals.second.wait())
+    await asyncio.wait(
+        {servers[0].task, second}, timeout=grace, return_when=asyncio.FIRST_COMPLETED
+    )
+    second.cancel()
+    supervising.cancel()
+    await asyncio.wait({supervising})
+    # Requests that still run fail now, and their clients get to see it.
+    await engine.shutdown()
+    for server in servers:
+        server.should_exit = True
+    await asyncio.wait({server.task for server in servers}, timeout=LAST_ANSWERS_WAIT)
+    for server in servers:
+        server.force_exit = True
+        await server.task
+    if not supervising.cancelled():
+        supervising.result()
+
+
+class RunningServer(uvicorn.Server):
+    """uvicorn's server, as a task of its own. It leaves the signals to us: it would end the
+    process with them."""
+
+    def __init__(self, app: FastAPI, listener: socket.socket) -> None:
+        config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
@@ -119,29 +168,11 @@ async def _serve_http(
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE,
         )
-    )
-    host, port = listener.getsockname()[:2]
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    logger.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    supervising = asyncio.create_task(supervisor.run())
-    await unless(signals.first.wait(), asyncio.wait({supervising}))
-    app.state.is_draining = server.should_exit = True
-    second = asyncio.ensure_future(signals.second.wait())
-    await asyncio.wait({serving, second}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
-    second.cancel()
-    supervising.cancel()
-    await asyncio.wait({supervising})
-    # Requests that still run fail now, and their clients get to see it.
-    await engine.shutdown()
-    await asyncio.wait({serving}, timeout=LAST_ANSWERS_WAIT)
-    server.force_exit = True
-    await serving
-    if not supervising.cancelled():
-        supervising.result()
-
-
-class Server(uvicorn.Server):
-    """uvicorn's server, which leaves the signals to us: it would end the process with them."""
+        super().__init__(config)
+        self.app = app
+        self.task = asyncio.create_task(self.serve(sockets=[listener]))
+        host, port = listener.getsockname()[:2]
+        logger.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

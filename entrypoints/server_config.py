@@ -22,6 +22,10 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every one of this machine.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.")
+    admin_port: int | None = option(
+        None, "Port of their own for /metrics and the administrators' routes; default: none."
+    )
+    admin_host: str = option("127.0.0.1", "Address for admin_port.")
     api_key: list[str] | None = option(
         None,
         "Keys, one of which clients must give as a bearer token; default: the environment's "
@@ -102,6 +106,7 @@ class ServerConfig:
             ("port", 0 <= self.port < 65536, "0 to 65535"),
             ("api_key", all(key and key.isascii() for key in self.api_key or []),
              "non-empty ASCII strings"),
+            ("admin_port", 0 <= (self.admin_port or 0) < 65536, "0 to 65535"),
             ("max_request_bytes", self.max_request_bytes >= 1, "1 or more"),
             ("max_completions", self.max_completions >= 1, "1 or more"),
             ("max_stop_sequences", self.max_stop_sequences >= 0, "0 or more"),

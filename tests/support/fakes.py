@@ -224,6 +224,10 @@ class FakeCore:
             "references": [f"file:{lora_request.lora_path}"],
             "pinned": tier if pin else None,
             "tier": tier,
+            "lora_name": lora_request.lora_name,
+            "num_pages": 1,
+            "num_requests": 0,
+            "num_running": 0,
         }
         done.set_result(self.loaded[lora_request.lora_path])
         return done
