@@ -88,7 +88,8 @@ class PeftConfig:
     bias: str
     """Which of the base model's biases were trained: "none", "lora_only" or "all"."""
     trained_token_ids: Mapping[str, tuple[int, ...]]
-    """Tokens whose rows were trained, by the end of the module's name, as in "embed_tokens"."""
+    """Tokens whose rows were trained, by the end of the module's name, as in "embed_tokens"; "":
+    of the embedding, whatever its name."""
     invocation_token_ids: tuple[int, ...]
     """Of an activated LoRA: it acts from the last place on where the prompt has these tokens. ():
     it is none, and acts everywhere."""
@@ -114,7 +115,7 @@ class PeftConfig:
 
     def trained_tokens_of(self, module_name: str) -> tuple[int, ...]:
         for module, token_ids in self.trained_token_ids.items():
-            if f".{module_name}".endswith(f".{module}"):
+            if module == "" or f".{module_name}".endswith(f".{module}"):
                 return token_ids
         return ()
 
@@ -253,7 +254,7 @@ def _read_trained_tokens(values: Mapping[str, Any]) -> Mapping[str, tuple[int, .
     by_module = values.get(name) or {}
     if not isinstance(by_module, dict):
         # PEFT's rule: a list is for the embedding.
-        return {"embed_tokens": _read_token_ids(values, name)}
+        return {"": _read_token_ids(values, name)}
     return {
         module: _read_token_ids({f"{name}[{module!r}]": token_ids}, f"{name}[{module!r}]")
         for module, token_ids in by_module.items()
