@@ -7,7 +7,7 @@ gathers: its cost grows with the tokens of the step, not with the length of the 
 from __future__ import annotations
 
 from functools import reduce
-from operator import or_
+from operator import is_, or_
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class InputBatch:
         self._sort_key = np.zeros(max_num_seqs, np.int64)
         self._adapter_start = np.zeros(max_num_seqs, np.int32)
         self._sampling = SamplingState(max_num_seqs)
+        self._segments = _Segments()
 
     def release(self, stopped: list[Request]) -> None:
         """Take the slots back of requests that stopped running."""
@@ -95,7 +96,7 @@ class InputBatch:
             block_table=self._block_table[slots, :most_blocks],
             slot_mapping=self._block_table[row_slots, blocks] * np.int64(self._block_size)
             + offsets,
-            **_lora_segments(requests[: len(requests) - num_base], cu_seqlens_q),
+            **self._segments.build(requests[: len(requests) - num_base], cu_seqlens_q),
             sampled=sampled,
             sampled_slots=sampled_slots.astype(np.int32),
             logits_rows=cu_seqlens_q[1:][sampled].astype(np.int64) - 1,
@@ -135,24 +136,43 @@ class InputBatch:
         self._sampling.add(slot, request.wire, request.grammar)
 
 
-def _lora_segments(requests: list[Request], cu_seqlens_q: Int32Array) -> dict[str, Any]:
-    """Runs of requests with one adapter, as StepBatch has them; requests: those with any."""
-    indptr = [0]
-    adapters: list[Adapter] = []
-    for request, end in zip(requests, cu_seqlens_q[1:].tolist(), strict=False):
-        assert request.adapter is not None
-        if adapters and adapters[-1] is request.adapter:
-            indptr[-1] = end
-        else:
-            adapters.append(request.adapter)
-            indptr.append(end)
+class _Segments:
+    """Runs of requests with one adapter, as StepBatch has them. Steps mostly have the adapters of
+    the step before, and then what only depends on those is kept."""
+
+    def __init__(self) -> None:
+        self._page_tables: list[Int32Array] = []
+        self._fields: dict[str, Any] = {}
+
+    def build(self, requests: list[Request], cu_seqlens_q: Int32Array) -> dict[str, Any]:
+        """requests: those with an adapter, in the order of the batch."""
+        indptr = [0]
+        adapters: list[Adapter] = []
+        for request, end in zip(requests, cu_seqlens_q[1:].tolist(), strict=False):
+            assert request.adapter is not None
+            if adapters and adapters[-1] is request.adapter:
+                indptr[-1] = end
+            else:
+                adapters.append(request.adapter)
+                indptr.append(end)
+        # An adapter that is loaded again has another.
+        page_tables = [adapter.page_table for adapter in adapters]
+        is_same = len(page_tables) == len(self._page_tables) and all(
+            map(is_, page_tables, self._page_tables)
+        )
+        if not is_same or not self._fields:
+            self._page_tables = page_tables
+            self._fields = _fields_of(adapters)
+        return {"segment_indptr": np.array(indptr, np.int32), **self._fields}
+
+
+def _fields_of(adapters: list[Adapter]) -> dict[str, Any]:
     most_pages = max((len(a.pages) for a in adapters), default=0)
     page_tables = np.zeros((len(adapters), most_pages), np.int32)
     for row, adapter in enumerate(adapters):
         page_tables[row, : len(adapter.pages)] = adapter.page_table
     traits = [adapter.traits for adapter in adapters]
     return {
-        "segment_indptr": np.array(indptr, np.int32),
         "page_tables": page_tables,
         "max_rank": max((t.max_rank for t in traits), default=0),
         "module_mask": reduce(or_, (t.module_mask for t in traits), 0),
