@@ -188,13 +188,13 @@ def row_operations(
 
     def rms_norm() -> Call:
         out, x = new(2, rows, shape.hidden)
-        return partial(native.rms_norm, out, x, weight, 1e-5)
+        return partial(native.rms_norm, out, x, weight, 1e-5, 0.0)
 
     yield "rms_norm", rms_norm, 2 * rows * shape.hidden
 
     def fused_add_rms_norm() -> Call:
         x, residual = new(2, rows, shape.hidden)
-        return partial(native.fused_add_rms_norm, x, residual, weight, 1e-5)
+        return partial(native.fused_add_rms_norm, x, residual, weight, 1e-5, 0.0)
 
     yield "fused_add_rms_norm", fused_add_rms_norm, 4 * rows * shape.hidden
 

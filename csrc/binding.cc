@@ -19,7 +19,7 @@ void row_strides(const Argument& argument, int64_t* strides) {
 }
 
 RmsNormParams rms_norm_params(const char* function, const Argument& x, const Argument& weight,
-                              double eps) {
+                              double eps, double offset) {
   const int32_t ndim = x.tensor.ndim();
   LORAPLEX_REQUIRE(ndim == 2 || ndim == 3)
       << function << ": " << x.name << " must have 2 or 3 dimensions, got " << ndim;
@@ -30,29 +30,31 @@ RmsNormParams rms_norm_params(const char* function, const Argument& x, const Arg
   p.x = x.tensor.data_ptr();
   p.weight = weight.tensor.data_ptr();
   p.eps = static_cast<float>(eps);
+  p.offset = static_cast<float>(offset);
   p.num_tokens = x.tensor.size(0);
   p.num_heads = ndim == 3 ? x.tensor.size(1) : 1;
   row_strides(x, p.x_strides);
   return p;
 }
 
-void rms_norm(TensorView out, TensorView x, TensorView weight, double eps) {
+void rms_norm(TensorView out, TensorView x, TensorView weight, double eps, double offset) {
   const char* function = "rms_norm";
   const Argument input{function, "x", x}, output{function, "out", out};
   const Argument scale{function, "weight", weight};
   const DLDevice device = common_device({input, output, scale});
-  RmsNormParams p = rms_norm_params(function, input, scale, eps);
+  RmsNormParams p = rms_norm_params(function, input, scale, eps, offset);
   p.out = output.is_like(input).tensor.data_ptr();
   row_strides(output, p.out_strides);
   run(function, device, active->rms_norm, LORAPLEX_CUDA_KERNEL(rms_norm), p);
 }
 
-void fused_add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps) {
+void fused_add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps,
+                        double offset) {
   const char* function = "fused_add_rms_norm";
   const Argument input{function, "x", x}, stream{function, "residual", residual};
   const Argument scale{function, "weight", weight};
   const DLDevice device = common_device({input, stream, scale});
-  RmsNormParams p = rms_norm_params(function, input, scale, eps);
+  RmsNormParams p = rms_norm_params(function, input, scale, eps, offset);
   p.out = p.x;
   row_strides(input, p.out_strides);
   p.residual = stream.is_like(input).tensor.data_ptr();
@@ -90,11 +92,11 @@ void apply_rope(TensorView positions, TensorView q, TensorView k, TensorView cos
   run(function, device, active->rope, LORAPLEX_CUDA_KERNEL(rope), p);
 }
 
-void silu_and_mul(TensorView out, TensorView gate_up) {
-  const char* function = "silu_and_mul";
+void act_and_mul(const char* function, Activation activation, TensorView out, TensorView gate_up) {
   const Argument output{function, "out", out}, input{function, "gate_up", gate_up};
   const DLDevice device = common_device({output, input});
-  SiluAndMulParams p{};
+  ActAndMulParams p{};
+  p.activation = activation;
   p.dtype = output.has_shape({kAny, kAny}).has_dense_rows().float_type();
   p.num_tokens = out.size(0);
   p.size = out.size(1);
@@ -103,7 +105,15 @@ void silu_and_mul(TensorView out, TensorView gate_up) {
   p.gate_up = gate_up.data_ptr();
   p.out_stride = out.stride(0);
   p.gate_up_stride = gate_up.stride(0);
-  run(function, device, active->silu_and_mul, LORAPLEX_CUDA_KERNEL(silu_and_mul), p);
+  run(function, device, active->act_and_mul, LORAPLEX_CUDA_KERNEL(act_and_mul), p);
+}
+
+void silu_and_mul(TensorView out, TensorView gate_up) {
+  act_and_mul("silu_and_mul", Activation::kSilu, out, gate_up);
+}
+
+void gelu_tanh_and_mul(TensorView out, TensorView gate_up) {
+  act_and_mul("gelu_tanh_and_mul", Activation::kGeluTanh, out, gate_up);
 }
 
 // ---- attention ----
@@ -255,6 +265,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, loraplex::rms_norm);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_add_rms_norm, loraplex::fused_add_rms_norm);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(apply_rope, loraplex::apply_rope);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_and_mul, loraplex::silu_and_mul);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gelu_tanh_and_mul, loraplex::gelu_tanh_and_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(write_kv, loraplex::write_kv);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(paged_attention, loraplex::paged_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, loraplex::sample);

@@ -10,9 +10,9 @@ using tvm::ffi::String;
 
 namespace {
 
-#define LORAPLEX_TABLE(isa)                                                \
-  {#isa,           &isa::rms_norm,  &isa::rope,        &isa::silu_and_mul, \
-   &isa::write_kv, &isa::attention, &isa::lora_shrink, &isa::lora_expand,  \
+#define LORAPLEX_TABLE(isa)                                               \
+  {#isa,           &isa::rms_norm,  &isa::rope,        &isa::act_and_mul, \
+   &isa::write_kv, &isa::attention, &isa::lora_shrink, &isa::lora_expand, \
    &isa::sample}
 
 // From the plainest to the best.

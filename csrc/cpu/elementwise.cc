@@ -1,4 +1,5 @@
-// Row-wise operations of the model: RMS norm, rotary embedding, gated SiLU, writing K and V.
+// Row-wise operations of the model: RMS norm, rotary embedding, gated activations, writing K
+// and V.
 #include "float8.h"
 #include "kernels.h"
 #include "simd.h"
@@ -17,7 +18,8 @@ LORAPLEX_INLINE void add_residual(T* x, T* residual, int64_t size) {
 }
 
 template <class T>
-LORAPLEX_INLINE void normalize(T* out, const T* x, const T* weight, float eps, int64_t size) {
+LORAPLEX_INLINE void normalize(T* out, const T* x, const T* weight, float eps, float offset,
+                               int64_t size) {
   Wide squares{};
   for_each_wide(size, [&](int64_t i, auto load, auto) {
     const Wide value = load(x + i);
@@ -25,8 +27,9 @@ LORAPLEX_INLINE void normalize(T* out, const T* x, const T* weight, float eps, i
   });
   const float sum = reduce_add(squares.first + squares.second);
   const float scale = 1.0f / __builtin_sqrtf(sum / size + eps);
+  const Wide offsets{broadcast(offset), broadcast(offset)};
   for_each_wide(size, [&](int64_t i, auto load, auto store) {
-    store(out + i, load(x + i) * scale * load(weight + i));
+    store(out + i, load(x + i) * scale * (load(weight + i) + offsets));
   });
 }
 
@@ -40,18 +43,24 @@ LORAPLEX_INLINE void rotate(T* x, const float* cos_sin, int64_t half) {
   });
 }
 
-LORAPLEX_INLINE Vec silu(Vec x) {
+template <Activation kActivation>
+LORAPLEX_INLINE Vec activate(Vec x) {
   constexpr float kLog2e = 1.44269504f;
-  const Vec power = x * -kLog2e;
+  Vec power = x * -kLog2e;
+  if constexpr (kActivation == Activation::kGeluTanh) {
+    power = power * kGeluLinear * (1.0f + kGeluSquare * x * x);
+    power = power < -127.0f ? broadcast(-127.0f) : power;
+  }
   const Vec result = x / (1.0f + exp2(power > 127.0f ? broadcast(127.0f) : power));
   return power > 127.0f ? Vec{} : result;
 }
 
-template <class T>
+template <Activation kActivation, class T>
 LORAPLEX_INLINE void gate(T* out, const T* gate_row, const T* up_row, int64_t size) {
   for_each_wide(size, [&](int64_t i, auto load, auto store) {
     const Wide x = load(gate_row + i);
-    store(out + i, Wide{silu(x.first), silu(x.second)} * load(up_row + i));
+    store(out + i,
+          Wide{activate<kActivation>(x.first), activate<kActivation>(x.second)} * load(up_row + i));
   });
 }
 
@@ -84,6 +93,17 @@ void write_kv_as(const WriteKvParams& p) {
   }
 }
 
+template <Activation kActivation>
+void act_and_mul_as(const ActAndMulParams& p) {
+  dispatch(p.dtype, [&]<class T>(T*) {
+#pragma omp parallel for if (p.num_tokens * p.size > kParallelElements)
+    for (int64_t token = 0; token < p.num_tokens; ++token) {
+      const T* row = static_cast<const T*>(p.gate_up) + token * p.gate_up_stride;
+      gate<kActivation>(static_cast<T*>(p.out) + token * p.out_stride, row, row + p.size, p.size);
+    }
+  });
+}
+
 }  // namespace
 
 void rms_norm(const RmsNormParams& p) {
@@ -101,7 +121,7 @@ void rms_norm(const RmsNormParams& p) {
           add_residual(x, residual, p.size);
           x = residual;
         }
-        normalize(out, x, static_cast<const T*>(p.weight), p.eps, p.size);
+        normalize(out, x, static_cast<const T*>(p.weight), p.eps, p.offset, p.size);
       }
     }
   });
@@ -123,14 +143,12 @@ void rope(const RopeParams& p) {
   });
 }
 
-void silu_and_mul(const SiluAndMulParams& p) {
-  dispatch(p.dtype, [&]<class T>(T*) {
-#pragma omp parallel for if (p.num_tokens * p.size > kParallelElements)
-    for (int64_t token = 0; token < p.num_tokens; ++token) {
-      const T* row = static_cast<const T*>(p.gate_up) + token * p.gate_up_stride;
-      gate(static_cast<T*>(p.out) + token * p.out_stride, row, row + p.size, p.size);
-    }
-  });
+void act_and_mul(const ActAndMulParams& p) {
+  if (p.activation == Activation::kSilu) {
+    act_and_mul_as<Activation::kSilu>(p);
+  } else {
+    act_and_mul_as<Activation::kGeluTanh>(p);
+  }
 }
 
 void write_kv(const WriteKvParams& p) {

@@ -19,6 +19,7 @@ struct RmsNormParams {
   void* residual;  // null without one
   const void* weight;
   float eps;
+  float offset;                         // added to the weight
   int64_t num_tokens, num_heads, size;  // rows are num_tokens x num_heads
   int64_t x_strides[2], out_strides[2], residual_strides[2];
 };
@@ -34,7 +35,14 @@ struct RopeParams {
   int64_t half;                // dimensions i and i + half turn together
 };
 
-struct SiluAndMulParams {
+enum class Activation { kSilu, kGeluTanh };
+
+// Both are x * sigmoid(y): y is x for SiLU, and x * kGeluLinear * (1 + kGeluSquare * x^2) for GELU
+// by its tanh, as 0.5 * (1 + tanh(y / 2)) is sigmoid(y).
+constexpr float kGeluLinear = 1.59576912f, kGeluSquare = 0.044715f;
+
+struct ActAndMulParams {
+  Activation activation;
   DType dtype;
   void* out;
   const void* gate_up;
@@ -151,7 +159,7 @@ struct Kernels {
   const char* isa;
   void (*rms_norm)(const RmsNormParams&);
   void (*rope)(const RopeParams&);
-  void (*silu_and_mul)(const SiluAndMulParams&);
+  void (*act_and_mul)(const ActAndMulParams&);
   void (*write_kv)(const WriteKvParams&);
   void (*attention)(const AttentionParams&);
   void (*lora_shrink)(const LoraParams&);
@@ -159,16 +167,16 @@ struct Kernels {
   void (*sample)(const SampleParams&);
 };
 
-#define LORAPLEX_DECLARE_KERNELS(isa)         \
-  namespace isa {                             \
-  void rms_norm(const RmsNormParams&);        \
-  void rope(const RopeParams&);               \
-  void silu_and_mul(const SiluAndMulParams&); \
-  void write_kv(const WriteKvParams&);        \
-  void attention(const AttentionParams&);     \
-  void lora_shrink(const LoraParams&);        \
-  void lora_expand(const LoraParams&);        \
-  void sample(const SampleParams&);           \
+#define LORAPLEX_DECLARE_KERNELS(isa)       \
+  namespace isa {                           \
+  void rms_norm(const RmsNormParams&);      \
+  void rope(const RopeParams&);             \
+  void act_and_mul(const ActAndMulParams&); \
+  void write_kv(const WriteKvParams&);      \
+  void attention(const AttentionParams&);   \
+  void lora_shrink(const LoraParams&);      \
+  void lora_expand(const LoraParams&);      \
+  void sample(const SampleParams&);         \
   }
 
 LORAPLEX_DECLARE_KERNELS(portable)

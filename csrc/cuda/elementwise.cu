@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
     Vec<T, kWidth> v = load<kWidth>(source + i);
     const Vec<T, kWidth> w = load<kWidth>(weight + i);
     for (int k = 0; k < kWidth; ++k) {
-      v.lanes[k] = from_float<T>(to_float(v.lanes[k]) * scale * to_float(w.lanes[k]));
+      v.lanes[k] = from_float<T>(to_float(v.lanes[k]) * scale * (to_float(w.lanes[k]) + p.offset));
     }
     store<kWidth>(out + i, v);
   }
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ 
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    silu_and_mul_kernel(const __grid_constant__ SiluAndMulParams p) {
+    act_and_mul_kernel(const __grid_constant__ ActAndMulParams p) {
   allow_next_kernel();
   wait_for_previous_kernel();
   const int64_t token = blockIdx.y;
@@ -97,7 +97,9 @@ __global__ void __launch_bounds__(kThreads)
   const Vec<T, kWidth> up = load<kWidth>(row + p.size);
   for (int k = 0; k < kWidth; ++k) {
     const float g = to_float(gate.lanes[k]);
-    gate.lanes[k] = from_float<T>(g / (1 + __expf(-g)) * to_float(up.lanes[k]));
+    const float y =
+        p.activation == Activation::kSilu ? g : g * kGeluLinear * (1 + kGeluSquare * g * g);
+    gate.lanes[k] = from_float<T>(g / (1 + __expf(-y)) * to_float(up.lanes[k]));
   }
   store<kWidth>(static_cast<T*>(p.out) + token * p.out_stride + i, gate);
 }
@@ -182,13 +184,13 @@ const char* rope(const RopeParams& p, void* stream) {
   return last_error();
 }
 
-const char* silu_and_mul(const SiluAndMulParams& p, void* stream) {
+const char* act_and_mul(const ActAndMulParams& p, void* stream) {
   const bool is_wide = is_aligned(p.out) && is_aligned(p.gate_up) &&
                        are_multiples_of_8({p.size, p.out_stride, p.gate_up_stride});
   with_type(p.dtype, is_wide, [&](auto element, auto width) {
     const int64_t per_block = kThreads * width;
     const dim3 grid((p.size + per_block - 1) / per_block, p.num_tokens);
-    launch(silu_and_mul_kernel<decltype(element), width>, grid, kThreads, stream, p);
+    launch(act_and_mul_kernel<decltype(element), width>, grid, kThreads, stream, p);
   });
   return last_error();
 }

@@ -51,7 +51,7 @@ struct LinearParams {
 
 const char* rms_norm(const RmsNormParams&, void* stream);
 const char* rope(const RopeParams&, void* stream);
-const char* silu_and_mul(const SiluAndMulParams&, void* stream);
+const char* act_and_mul(const ActAndMulParams&, void* stream);
 const char* write_kv(const WriteKvParams&, void* stream);
 const char* sample(const SampleParams&, void* stream);
 const char* linear(const LinearParams&, void* stream);

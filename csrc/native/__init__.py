@@ -56,13 +56,17 @@ supported_cpu_isas: Callable[[], list[str]] = _library.supported_cpu_isas
 set_cpu_isa: Callable[[str], None] = _library.set_cpu_isa
 """For tests; LORAPLEX_CPU_ISA does the same from outside."""
 
-rms_norm: Callable[[Tensor, Tensor, Tensor, float], None] = _library.rms_norm
-"""(out, x, weight, eps)"""
-fused_add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], None] = _library.fused_add_rms_norm
-"""(x, residual, weight, eps)"""
+rms_norm: Callable[[Tensor, Tensor, Tensor, float, float], None] = _library.rms_norm
+"""(out, x, weight, eps, offset), where offset is added to the weight"""
+fused_add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, float], None] = (
+    _library.fused_add_rms_norm
+)
+"""(x, residual, weight, eps, offset)"""
 apply_rope: Callable[[Tensor, Tensor, Tensor, Tensor], None] = _library.apply_rope
 """(positions, q, k, cos_sin_cache)"""
 silu_and_mul: Callable[[Tensor, Tensor], None] = _library.silu_and_mul
+"""(out, gate_up)"""
+gelu_tanh_and_mul: Callable[[Tensor, Tensor], None] = _library.gelu_tanh_and_mul
 """(out, gate_up)"""
 write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = _library.write_kv
 """(k, v, k_cache, v_cache, slot_mapping)

@@ -8,7 +8,7 @@ attention; `batch` is passed through for those who wrap a linear.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,9 @@ class Linear(Module):
 
 
 class RMSNorm(Module):
-    """x / rms(x) * weight, over the last dimension."""
+    """x / rms(x) * (OFFSET + weight), over the last dimension."""
+
+    OFFSET: ClassVar[float] = 0.0
 
     def __init__(self, name: str, size: int, eps: float, dtype: torch.dtype) -> None:
         self.name = name
@@ -110,26 +112,18 @@ class RMSNorm(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [num_tokens, size] or [num_tokens, num_heads, size]; the result likewise."""
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps, self.OFFSET)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """Add x to the residual stream, in place; the stream's norm, which may take x's place."""
-        ops.fused_add_rms_norm(x, residual, self.weight, self.eps)
+        ops.fused_add_rms_norm(x, residual, self.weight, self.eps, self.OFFSET)
         return x
 
 
 class OffsetRMSNorm(RMSNorm):
     """x / rms(x) * (1 + weight), as Gemma has it: the sum is not rounded."""
 
-    def finish_loading(self) -> None:
-        self.weight = 1.0 + self.weight.float()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        residual += x
-        return self(residual)
+    OFFSET = 1.0
 
 
 class LayerNorm(Module):

@@ -14,22 +14,24 @@ from loraplex import native
 Tensor = torch.Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """RMS norm of the rows of x, [num_tokens, size] or [num_tokens, num_heads, size].
 
-    Semantics: x * rsqrt(mean(x ** 2, -1) + eps) * weight
+    Semantics: x * rsqrt(mean(x ** 2, -1) + eps) * (weight + offset)
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    native.rms_norm(out, x, weight, eps)
+    native.rms_norm(out, x, weight, eps, offset)
     return out
 
 
-def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> None:
     """Adds x to the residual stream, in place, and leaves the stream's norm in x.
 
-    Semantics: residual += x; x[:] = rms_norm(residual, weight, eps)
+    Semantics: residual += x; x[:] = rms_norm(residual, weight, eps, offset)
     """
-    native.fused_add_rms_norm(x, residual, weight, eps)
+    native.fused_add_rms_norm(x, residual, weight, eps, offset)
 
 
 def apply_rope(positions: Tensor, q: Tensor, k: Tensor, cos_sin_cache: Tensor) -> None:
@@ -73,6 +75,16 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
+def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
+    """Gemma's: gate_up [num_tokens, 2 * size] -> [num_tokens, size].
+
+    Semantics: gate, up = gate_up.chunk(2, -1); gelu(gate, approximate="tanh") * up
+    """
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    native.gelu_tanh_and_mul(out, gate_up)
+    return out
+
+
 # Not hot in the models that are measured, and in plain torch: rounded after the activation, too.
 
 
@@ -85,12 +97,6 @@ def gelu_and_mul(gate_up: Tensor) -> Tensor:
     """Semantics: gate, up = gate_up.chunk(2, -1); gelu(gate) * up"""
     gate, up = gate_up.chunk(2, -1)
     return F.gelu(gate) * up
-
-
-def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
-    """Semantics: gate, up = gate_up.chunk(2, -1); gelu_tanh(gate) * up"""
-    gate, up = gate_up.chunk(2, -1)
-    return gelu_tanh(gate) * up
 
 
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -16,16 +16,17 @@ TOLERANCE = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [64, 100, 576, 4096, 4100])
-def test_norms(dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms(dtype: torch.dtype, size: int, offset: float) -> None:
     torch.manual_seed(0)
     x, residual, weight = (torch.randn(*s, dtype=dtype) for s in ((7, size), (7, size), (size,)))
     on_gpu = [tensor.cuda() for tensor in (x, residual, weight)]
     torch.testing.assert_close(
-        ops.rms_norm(on_gpu[0], on_gpu[2], 1e-5).cpu(), ops.rms_norm(x, weight, 1e-5),
-        **TOLERANCE[dtype],
+        ops.rms_norm(on_gpu[0], on_gpu[2], 1e-5, offset).cpu(),
+        ops.rms_norm(x, weight, 1e-5, offset), **TOLERANCE[dtype],
     )  # fmt: skip
-    ops.fused_add_rms_norm(x, residual, weight, 1e-5)
-    ops.fused_add_rms_norm(*on_gpu, 1e-5)
+    ops.fused_add_rms_norm(x, residual, weight, 1e-5, offset)
+    ops.fused_add_rms_norm(*on_gpu, 1e-5, offset)
     torch.testing.assert_close(on_gpu[0].cpu(), x, **TOLERANCE[dtype])
     torch.testing.assert_close(on_gpu[1].cpu(), residual, rtol=0, atol=0)
 
@@ -44,11 +45,12 @@ def test_rope(dtype: torch.dtype, head_dim: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [8, 100, 1536, 14336])
-def test_silu_and_mul(dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize("act_and_mul", [ops.silu_and_mul, ops.gelu_tanh_and_mul])
+def test_gated_activations(act_and_mul, dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(0)
     gate_up = torch.randn(5, 2 * size).to(dtype)
-    result = ops.silu_and_mul(gate_up.cuda()).cpu()
-    torch.testing.assert_close(result, ops.silu_and_mul(gate_up), **TOLERANCE[dtype])
+    result = act_and_mul(gate_up.cuda()).cpu()
+    torch.testing.assert_close(result, act_and_mul(gate_up), **TOLERANCE[dtype])
 
 
 def test_tensors_on_two_devices_are_refused() -> None:

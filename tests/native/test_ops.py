@@ -32,6 +32,11 @@ def silu_and_mul_twin(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gelu_tanh_and_mul_twin(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.double().chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 def assert_close(result: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     assert result.dtype == dtype
     torch.testing.assert_close(result.double(), exact, rtol=TOLERANCE[dtype], atol=1e-6)
@@ -47,6 +52,15 @@ def seed(one_thread: None) -> None:
 def test_rms_norm(isa: str, dtype: torch.dtype, size: int) -> None:
     x, weight = torch.randn(5, size).to(dtype), torch.randn(size).to(dtype)
     assert_close(ops.rms_norm(x, weight, 1e-5), rms_norm_twin(x, weight, 1e-5), dtype)
+
+
+def test_rms_norm_adds_the_offset_to_the_weight(isa: str) -> None:
+    x, weight = torch.randn(5, 100).bfloat16(), torch.randn(100).mul(0.01).bfloat16()
+    exact = rms_norm_twin(x, weight.double() + 1, 1e-5)
+    assert_close(ops.rms_norm(x, weight, 1e-5, 1.0), exact, x.dtype)
+    residual = torch.zeros_like(x)
+    ops.fused_add_rms_norm(x, residual, weight, 1e-5, 1.0)
+    assert_close(x, exact, x.dtype)
 
 
 def test_rms_norm_of_the_heads_of_a_view(isa: str) -> None:
@@ -99,12 +113,27 @@ def test_silu_and_mul_of_extremes(isa: str) -> None:
     torch.testing.assert_close(result, F.silu(gate), rtol=1e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_gelu_tanh_and_mul(isa: str, dtype: torch.dtype, size: int) -> None:
+    gate_up = torch.randn(5, 2 * size).mul(3).to(dtype)
+    assert_close(ops.gelu_tanh_and_mul(gate_up), gelu_tanh_and_mul_twin(gate_up), dtype)
+
+
+def test_gelu_tanh_and_mul_of_extremes(isa: str) -> None:
+    gate = torch.tensor([[-1e30, -200.0, -9.0, -0.0, 0.0, 9.0, 200.0, 1e30]])
+    result = ops.gelu_tanh_and_mul(torch.cat((gate, torch.ones(1, 8)), -1))
+    exact = F.gelu(gate, approximate="tanh")
+    torch.testing.assert_close(result, exact, rtol=1e-6, atol=1e-6)
+
+
 def test_nan_stays_nan(isa: str) -> None:
     for dtype in DTYPES:
         x = torch.ones(1, 64, dtype=dtype)
         x[0, 5] = torch.nan
         assert ops.rms_norm(x, torch.ones(64, dtype=dtype), 1e-5).isnan().all()
         assert ops.silu_and_mul(x).isnan().sum() == 1
+        assert ops.gelu_tanh_and_mul(x).isnan().sum() == 1
 
 
 def test_rounding_is_to_nearest_even(isa: str) -> None:
