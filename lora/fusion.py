@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -42,13 +43,12 @@ def locate(modules: Sequence[TargetedModule], spec: BaseModelSpec) -> list[Part]
     and for one that is there twice."""
     names = {module.name: module for module in modules}
     parts = [part for module in modules for part in _locate(module, names, spec)]
-    owners: dict[tuple[Place, int], Part] = {}
-    for part in parts:
-        owner = owners.setdefault((part.place, part.target.start), part)
-        if owner is not part:
+    in_order = sorted(parts, key=lambda part: (part.place, part.target.start))
+    for part, following in pairwise(in_order):
+        if part.place == following.place and following.target.start < part.target.stop:
             raise AdapterError(
-                f"tensor {part.module.tensor_a!r} is for outputs that {owner.module.tensor_a!r} "
-                "is for, too"
+                f"tensor {following.module.tensor_a!r} is for outputs that "
+                f"{part.module.tensor_a!r} is for, too"
             )
     return parts
 

@@ -137,11 +137,12 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     assert message in refusal(large, FUSED)
 
 
-def test_one_output_twice_is_refused(tmp_path):
-    tensors = adapter_tensors(SPLIT, rank=4, modules=["q_proj"], layers=[0])
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj"])
+def test_one_output_twice_is_refused(tmp_path, part):
+    tensors = adapter_tensors(SPLIT, rank=4, modules=[part], layers=[0])
     tensors |= adapter_tensors(FUSED, rank=4, modules=["qkv_proj"], layers=[0])
     path = write_adapter(
-        tmp_path, SPLIT, rank=4, tensors=tensors, target_modules=["q_proj", "qkv_proj"]
+        tmp_path, SPLIT, rank=4, tensors=tensors, target_modules=[part, "qkv_proj"]
     )
     for spec in (SPLIT, FUSED):
         assert "is for outputs that 'base_model.model.model.layers.0" in refusal(path, spec)
