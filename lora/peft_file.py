@@ -87,7 +87,7 @@ def read_tensors(path: Path) -> Callable[[str], torch.Tensor]:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_bytes))
         num_bytes = max(entry["data_offsets"][1] for entry in header.values() if "shape" in entry)
-        data = allocate_pages(num_bytes)
+        data = allocate_pages(max(num_bytes, 1))
         if file.readinto(data.numpy().data) != num_bytes:
             raise OSError("it ends before its tensors do")
 
