@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraplex.engine.adapter_manager import Tier
+from loraplex.engine.adapter_tokenizers import AdapterTokenizers
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_client import CoreClient, EngineDeadError
 from loraplex.engine.input_processor import InputProcessor, Prompt, prompt_text
@@ -91,6 +92,8 @@ class AsyncEngine:
             # Whoever gives up during a load of minutes does not want to wait for its end.
             await self._client.shutdown(patience=0)
             raise
+        if self.tokenizer is not None:
+            self._tokenizers = AdapterTokenizers(self.tokenizer, self.model_info.tokenizer_path)
         self._input_processor = InputProcessor(self.model_info, self.tokenizer, self.config.seed)
         self._output_processor = OutputProcessor(self.tokenizer)
         self._error = None
@@ -117,10 +120,11 @@ class AsyncEngine:
         """
         await self.check_health()
         request_id = request_id or uuid.uuid4().hex
+        tokenizer = await self.tokenizer_of(lora_request)
         requests = await self._process_input(
-            request_id, prompt, sampling_params, lora_request, service
+            request_id, prompt, sampling_params, lora_request, service, tokenizer
         )
-        outputs = self._open(request_id, prompt_text(prompt), requests, stream)
+        outputs = self._open(request_id, prompt_text(prompt), requests, stream, tokenizer)
         timer = None if timeout is None else asyncio.get_running_loop().call_later(
             timeout, outputs.fail,
             RequestError(f"the request was not finished within {timeout:g} seconds", status=504),
@@ -138,6 +142,18 @@ class AsyncEngine:
             if timer is not None:
                 timer.cancel()
             self._close(request_id)
+
+    async def tokenizer_of(self, lora_request: LoRARequest | None) -> Tokenizer | None:
+        """The adapter's tokenizer, or the base model's; None where the engine runs without.
+
+        Raises ValueError for an adapter's that can't be read.
+        """
+        if self.tokenizer is None:
+            return None
+        find = partial(self._tokenizers.find, lora_request)
+        if self._tokenizers.is_at_hand(lora_request):
+            return find()
+        return await asyncio.to_thread(find)
 
     async def abort(self, request_id: str) -> None:
         """End a request early: its iterator gives what there is, with finish_reason "abort"."""
@@ -227,6 +243,7 @@ class AsyncEngine:
         sampling_params: SamplingParams,
         lora_request: LoRARequest | None,
         service: Service | None,
+        tokenizer: Tokenizer | None,
     ) -> list[EngineRequest]:
         process = partial(
             self._input_processor.process,
@@ -235,15 +252,21 @@ class AsyncEngine:
             sampling_params,
             lora_request=lora_request,
             service=service,
+            tokenizer=tokenizer,
         )
         return await call_for_text(process, len(prompt) if isinstance(prompt, str) else 0)
 
     def _open(
-        self, request_id: str, prompt: str | None, requests: list[EngineRequest], stream: bool
+        self,
+        request_id: str,
+        prompt: str | None,
+        requests: list[EngineRequest],
+        stream: bool,
+        tokenizer: Tokenizer | None,
     ) -> _Stream:
         if request_id in self._streams:
             raise ValueError(f"request_id={request_id!r} is not allowed: it is in use")
-        self._output_processor.add_request(prompt, requests, stream)
+        self._output_processor.add_request(prompt, requests, stream, tokenizer)
         outputs = self._streams[request_id] = _Stream([r.request_id for r in requests])
         return outputs
 

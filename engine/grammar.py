@@ -18,13 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from loraplex.engine.request import Request, RequestError, describe
-from loraplex.engine.structured_outputs import StructuredOutputsParams
+from loraplex.engine.structured_outputs import MAX_WHITESPACE, StructuredOutputsParams
 
-# Compiled grammars that nobody uses are kept up to this many bytes.
+# Compiled grammars are kept up to about this many bytes, and their parts up to as many.
 CACHE_BYTES = 256 << 20
 NUM_WORKERS = 2
-# Between two tokens of JSON. A model that has nothing to say may go on with blanks without end.
-MAX_WHITESPACE = 40
 # xgrammar's messages begin with a time and a place in its source.
 SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+: (Check failed: \(.*?\) is false: )?")
 
@@ -133,7 +131,10 @@ class GrammarCompiler:
         tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_path)
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=self._vocab_size)
         return xgrammar.GrammarCompiler(
-            info, max_threads=max(1, (os.cpu_count() or 1) // 4), cache_enabled=False
+            info,
+            max_threads=max(1, (os.cpu_count() or 1) // 4),
+            # It remembers parts, too: schemas that are alike compile in a fraction of the time.
+            cache_limit_bytes=CACHE_BYTES,
         )
 
     def _compile(self, loading: Future[Any], params: StructuredOutputsParams) -> Any:

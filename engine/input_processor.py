@@ -27,8 +27,6 @@ class InputProcessor:
         self._model_info = model_info
         self._tokenizer = tokenizer
         self._seeds = random.Random(seed)
-        own = [] if tokenizer is None else tokenizer.eos_token_ids
-        self._eos_token_ids = sorted({*model_info.eos_token_ids, *own})
 
     def process(
         self,
@@ -37,12 +35,17 @@ class InputProcessor:
         sampling_params: SamplingParams,
         lora_request: LoRARequest | None = None,
         service: Service | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> list[EngineRequest]:
         """One request per completion: request_id itself, or request_id#0, #1, ... if there are
-        several, whose seeds count up. Raises ValueError naming field, value and what is allowed.
+        several, whose seeds count up. tokenizer: the adapter's own, if it has one.
+        Raises ValueError naming field, value and what is allowed.
         """
+        tokenizer = tokenizer or self._tokenizer
         self._check_params(sampling_params)
-        prompt_token_ids = self._prompt_token_ids(prompt)
+        prompt_token_ids = self._prompt_token_ids(prompt, tokenizer)
+        own = [] if tokenizer is None else tokenizer.eos_token_ids
+        eos_token_ids = sorted({*self._model_info.eos_token_ids, *own})
         max_tokens = self._max_tokens(len(prompt_token_ids), sampling_params)
         seed = self._seeds.getrandbits(64) if sampling_params.seed is None else sampling_params.seed
         num = sampling_params.n
@@ -52,7 +55,7 @@ class InputProcessor:
                 prompt_token_ids=prompt_token_ids,
                 sampling_params=sampling_params,
                 max_tokens=max_tokens,
-                eos_token_ids=self._eos_token_ids,
+                eos_token_ids=eos_token_ids,
                 seed=(seed + index) % 2**64,
                 lora_request=lora_request,
                 service=service or Service(),
@@ -71,12 +74,12 @@ class InputProcessor:
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("logit_bias", params.logit_bias)
 
-    def _prompt_token_ids(self, prompt: Prompt) -> list[int]:
+    def _prompt_token_ids(self, prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
         content = _content(prompt)
         if not isinstance(content, str):
             token_ids = _integers(content)
-        elif self._tokenizer is not None:
-            token_ids = self._tokenizer.encode(content)
+        elif tokenizer is not None:
+            token_ids = tokenizer.encode(content)
         else:
             raise ValueError(
                 f"prompt={describe(content)} is not allowed: without a tokenizer it must be "

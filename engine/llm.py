@@ -15,6 +15,7 @@ from typing import Any, Self, SupportsIndex
 from tqdm import tqdm
 
 from loraplex.engine.adapter_manager import Tier
+from loraplex.engine.adapter_tokenizers import AdapterTokenizers
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
 from loraplex.engine.input_processor import InputProcessor, Prompt, prompt_text
@@ -67,6 +68,9 @@ class LLM:
         self._tokenizer = tokenizer
         self._input_processor = InputProcessor(core.model_info, tokenizer, seed)
         self._output_processor = OutputProcessor(tokenizer)
+        self._tokenizers = None
+        if tokenizer is not None:
+            self._tokenizers = AdapterTokenizers(tokenizer, core.model_info.tokenizer_path)
         self._request_ids = map(str, itertools.count())
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -136,11 +140,14 @@ class LLM:
         messages: dicts with "role" and "content"; several conversations are a list of such lists.
         chat_template_options: add_generation_prompt, and what the model's chat template knows.
         """
-        tokenizer = self.get_tokenizer()
+        self.get_tokenizer()
         is_one = bool(messages) and isinstance(messages[0], dict)
         conversations: Sequence[Any] = [messages] if is_one else messages
+        lora_requests = _one_for_each("lora_request", lora_request, len(conversations))
         prompts: list[Prompt] = []
-        for conversation in conversations:
+        for conversation, lora in zip(conversations, lora_requests, strict=True):
+            tokenizer = self._tokenizer_of(lora)
+            assert tokenizer is not None
             token_ids = tokenizer.apply_chat_template(list(conversation), **chat_template_options)
             text = tokenizer.decode(token_ids, skip_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
@@ -201,6 +208,10 @@ class LLM:
     ) -> None:
         self.shutdown()
 
+    def _tokenizer_of(self, lora_request: LoRARequest | None) -> Tokenizer | None:
+        """The adapter's, or the base model's, if there is one."""
+        return None if self._tokenizers is None else self._tokenizers.find(lora_request)
+
     def _process(
         self, request_id: str, prompt: Prompt, params: Any, lora_request: Any, priority: Any
     ) -> list[EngineRequest]:
@@ -216,7 +227,9 @@ class LLM:
         if not isinstance(priority, int):
             raise ValueError(f"priority={describe(priority)} is not allowed: it must be an integer")
         service = Service(priority=priority)
-        return self._input_processor.process(request_id, prompt, params, lora_request, service)
+        return self._input_processor.process(
+            request_id, prompt, params, lora_request, service, self._tokenizer_of(lora_request)
+        )
 
     def _run(
         self, requests: list[tuple[str | None, list[EngineRequest]]], use_tqdm: bool
@@ -231,7 +244,8 @@ class LLM:
             try:
                 outputs: list[EngineOutput] = []
                 for prompt, engine_requests in requests:
-                    running.add(processor.add_request(prompt, engine_requests, stream=False))
+                    tokenizer = self._tokenizer_of(engine_requests[0].lora_request)
+                    running.add(processor.add_request(prompt, engine_requests, False, tokenizer))
                     outputs += self._submit(engine_requests)
                 while True:
                     processed = processor.process_outputs(outputs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from loraplex.engine.detokenizer import Detokenizer
 from loraplex.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -36,7 +37,8 @@ class _Request:
     output: RequestOutput
     params: SamplingParams
     tokenizer: Tokenizer | None
-    """None if no text is made."""
+    token_texts: dict[int, str] | None
+    """The tokenizer's, by token id."""
     stream: bool
     unfinished: set[str]
     """Ids of its engine requests that are not finished."""
@@ -60,13 +62,21 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._requests: dict[str, _Request] = {}
         self._completions: dict[str, _Completion] = {}
-        self._token_texts: dict[int, str] = {}
+        # Of each tokenizer, the texts of tokens that were wanted.
+        self._token_texts: WeakKeyDictionary[Tokenizer, dict[int, str]] = WeakKeyDictionary()
 
-    def add_request(self, prompt: str | None, requests: list[EngineRequest], stream: bool) -> str:
+    def add_request(
+        self,
+        prompt: str | None,
+        requests: list[EngineRequest],
+        stream: bool,
+        tokenizer: Tokenizer | None = None,
+    ) -> str:
         """Expect outputs of the engine requests that InputProcessor.process made of one request.
 
         Returns the user's request id. With stream, every step that gives the request something
-        gives a RequestOutput; otherwise only its end does.
+        gives a RequestOutput; otherwise only its end does. tokenizer: the adapter's own, if it has
+        one.
         """
         first, params = requests[0], requests[0].sampling_params
         output = RequestOutput(
@@ -79,8 +89,10 @@ class OutputProcessor:
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
             metrics=RequestMetrics(arrival_time=first.arrival_time),
         )
-        tokenizer = self._tokenizer if params.detokenize else None
-        request = _Request(output, params, tokenizer, stream, {r.request_id for r in requests})
+        tokenizer = tokenizer or self._tokenizer
+        texts = None if tokenizer is None else self._token_texts.setdefault(tokenizer, {})
+        unfinished = {r.request_id for r in requests}
+        request = _Request(output, params, tokenizer, texts, stream, unfinished)
         self._requests[output.request_id] = request
         for index, engine_request in enumerate(requests):
             completion = CompletionOutput(index=index, text="", token_ids=[])
@@ -88,7 +100,7 @@ class OutputProcessor:
                 completion.logprobs, completion.cumulative_logprob = [], 0.0
             output.outputs.append(completion)
             detokenizer = None
-            if tokenizer is not None and (stream or params.stop):
+            if tokenizer is not None and params.detokenize and (stream or params.stop):
                 detokenizer = Detokenizer(tokenizer, params)
             self._completions[engine_request.request_id] = _Completion(
                 request, completion, detokenizer
@@ -139,7 +151,7 @@ class OutputProcessor:
         if result.index == 0:
             total.num_cached_tokens = max(total.num_cached_tokens, output.num_cached_tokens)
         if output.prompt_logprobs is not None and result.index == 0:
-            entries = map(self._logprobs, output.prompt_logprobs)
+            entries = (self._logprobs(completion.request, e) for e in output.prompt_logprobs)
             total.prompt_logprobs = [None, *entries]
         if output.error is not None and total.error is None:
             total.error = RequestError(output.error, output.error_status, output.retry_after)
@@ -157,7 +169,7 @@ class OutputProcessor:
         if result.logprobs is not None and output.logprobs is not None:
             # A stop string may have cut the tokens.
             for entry in output.logprobs[: len(result.token_ids) - num_old]:
-                result.logprobs.append(self._logprobs(entry))
+                result.logprobs.append(self._logprobs(completion.request, entry))
                 result.cumulative_logprob = (result.cumulative_logprob or 0.0) + entry.logprobs[0]
 
     def _update_text(
@@ -171,7 +183,7 @@ class OutputProcessor:
             num_tokens -= 1  # the token that ended it is no text
         detokenizer = completion.detokenizer
         if detokenizer is None:
-            tokenizer = completion.request.tokenizer
+            tokenizer = completion.request.tokenizer if params.detokenize else None
             if finish_reason is not None and tokenizer is not None:
                 result.text = tokenizer.decode(
                     result.token_ids[:num_tokens], params.skip_special_tokens
@@ -217,21 +229,21 @@ class OutputProcessor:
             output.error,
         )
 
-    def _logprobs(self, entry: TokenLogprobs) -> dict[int, Logprob]:
+    def _logprobs(self, request: _Request, entry: TokenLogprobs) -> dict[int, Logprob]:
         return {
-            token_id: Logprob(logprob, rank, self._token_text(token_id))
+            token_id: Logprob(logprob, rank, self._token_text(request, token_id))
             for token_id, logprob, rank in zip(
                 entry.token_ids, entry.logprobs, entry.ranks, strict=True
             )
         }
 
-    def _token_text(self, token_id: int) -> str | None:
-        if self._tokenizer is None:
+    def _token_text(self, request: _Request, token_id: int) -> str | None:
+        tokenizer, texts = request.tokenizer, request.token_texts
+        if tokenizer is None or texts is None:
             return None
-        text = self._token_texts.get(token_id)
+        text = texts.get(token_id)
         if text is None:
-            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
-            self._token_texts[token_id] = text
+            text = texts[token_id] = tokenizer.decode([token_id], skip_special_tokens=False)
         return text
 
 

@@ -44,6 +44,11 @@ NUM_STRIPES = 16
 # Width of the blocks in which the inverse of a cumulative distribution is searched.
 BLOCK = 256
 
+# What eight bits of a mask, the lowest first, add to the logits of eight tokens; [256, 8].
+OCTET_PENALTIES = torch.tensor(
+    [[0.0 if octet >> bit & 1 else -torch.inf for bit in range(8)] for octet in range(256)]
+)
+
 
 @dataclass(slots=True)
 class SamplerOutput:
@@ -269,15 +274,16 @@ def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: Int64Arra
     if len(masks):
         all_masks = np.full((len(part), masks.shape[1]), -1, np.int32)
         all_masks[adjustments.masked[found] - first] = masks
-        adjusted.masked_fill_(_forbidden(logits, all_masks), -torch.inf)
+        adjusted += _penalties(logits, all_masks)
     return adjusted
 
 
-def _forbidden(logits: torch.Tensor, masks: Int32Array) -> torch.Tensor:
-    """Where masks [N, words of 32 tokens] have no bit: bool [N, vocab_size], beside the logits."""
-    packed = _to(logits, masks.view(np.uint8))
-    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)
-    return (bits & 1 == 0).flatten(1)[:, : logits.shape[1]]
+def _penalties(logits: torch.Tensor, masks: Int32Array) -> torch.Tensor:
+    """0 where masks [N, words of 32 tokens] have a bit, else -inf: float32 [N, vocab_size], where
+    the logits are. A byte at a time: eight tokens for the price of one."""
+    octets = _to(logits, masks.view(np.uint8)).int()
+    penalties = torch.nn.functional.embedding(octets, OCTET_PENALTIES.to(logits.device))
+    return penalties.flatten(1)[:, : logits.shape[1]]
 
 
 def _score_sampled(

@@ -14,6 +14,8 @@ from loraplex.engine.json_schema import check_schema
 
 # Of a schema or grammar. Compiling takes longer than in proportion.
 MAX_CHARACTERS = 64 * 1024
+# Between two tokens of JSON. A model that has nothing to say may go on with blanks without end.
+MAX_WHITESPACE = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +76,9 @@ class StructuredOutputsParams:
         """The same as a part of a structural tag."""
         match self.kind:
             case "json":
-                return {"type": "json_schema", "json_schema": json_module.loads(self.json)}
+                return json_format(json_module.loads(self.json))
             case "json_object":
-                return {"type": "json_schema", "json_schema": {"type": "object"}}
+                return json_format({"type": "object"})
             case "regex":
                 return {"type": "regex", "pattern": self.regex}
             case "grammar":
@@ -89,6 +91,11 @@ class StructuredOutputsParams:
 
 
 KINDS = tuple(f.name for f in fields(StructuredOutputsParams) if f.name != "disable_any_whitespace")
+
+
+def json_format(schema: Any) -> dict[str, Any]:
+    """JSON by a schema, as a part of a structural tag."""
+    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_WHITESPACE}
 
 
 def _as_json(name: str, value: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,7 @@ class TransformersTokenizer:
 
     def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
+        self._template_options: dict[str, str] = {}
         # transformers' own decode spends more time on options than on a few tokens, and joins
         # what the tokens keep apart ("clean up"), so that text would change after it was sent.
         # Tokenizers written in Python have no backend.
@@ -55,6 +57,13 @@ class TransformersTokenizer:
         self.chat_template = template if isinstance(template, str) else "".join(template.values())
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eos_token_ids = sorted({*eos_token_ids, *own})
+
+    def with_chat_template(self, chat_template: str) -> TransformersTokenizer:
+        """The same tokenizer with another template."""
+        other = copy.copy(self)
+        other.chat_template = chat_template
+        other._template_options = {"chat_template": chat_template}
+        return other
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
@@ -80,6 +89,7 @@ class TransformersTokenizer:
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> list[int]:
+        kwargs = {**self._template_options, **kwargs}
         if not self._tokenizer.chat_template and "chat_template" not in kwargs:
             raise ValueError(
                 f"the tokenizer in {self._tokenizer.name_or_path!r} has no chat template: give "

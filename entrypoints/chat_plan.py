@@ -43,14 +43,15 @@ class ChatPlan:
 async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> ChatPlan:
     """Raises ApiError or ValueError for what can be refused at once."""
     lora_request = serving.models.resolve(body.model)
-    tokenizer = serving.tokenizer
-    options = dict(body.chat_template_kwargs or {})
+    tokenizer = await serving.tokenizer_of(lora_request)
     tools, tool_format = body.offered_tools, None
     if tools:
         tool_format = choose_tool_format(serving.tool_call_parser, tokenizer.chat_template)
-        options["tools"] = [tool.for_template() for tool in tools]
     messages = [message.for_template() for message in body.messages]
-    prompt = await serving.encode_chat(messages, body.add_generation_prompt, options)
+    options = body.template_options()
+    prompt = await serving.encode_chat(messages, body.opens_answer, options, tokenizer)
+    if body.truncate_prompt_tokens is not None:
+        prompt = prompt[-body.truncate_prompt_tokens :]
     reasoning = _reasoning(serving.reasoning_parser, tokenizer, prompt)
     params = body.sampling_params(serving.engine.model_info.default_sampling)
     answer = _answer_format(body, params, tool_format, has_reasoning=reasoning is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -30,15 +31,23 @@ TokenText = Callable[[int, Logprob | None], str]
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue a text, or several."""
     serving: Serving = request.app.state.serving
-    add_special_tokens = body.add_special_tokens is not False
-    prompts = [
-        await serving.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
-        for prompt in body.prompt
-    ]
-    answer = CompletionAnswer(serving, body, prompts)
+    answer = CompletionAnswer(serving, body, await encode_prompts(serving, body))
     if body.stream:
         return EventStream(answer.events())
     return json_response(await unless_disconnected(request.receive, answer.whole()))
+
+
+async def encode_prompts(serving: Serving, body: CompletionRequest) -> list[list[int]]:
+    """The token ids of each prompt. Raises ApiError, ValueError."""
+    has_special_tokens = body.add_special_tokens is not False
+    prompts: list[list[int]] = []
+    for prompt in body.prompt:
+        if isinstance(prompt, str):
+            tokenizer = await serving.tokenizer_of(serving.models.resolve(body.model))
+            prompt = await serving.encode(prompt, has_special_tokens, tokenizer)
+        most = body.truncate_prompt_tokens
+        prompts.append(prompt if most is None else prompt[-most:])
+    return prompts
 
 
 class CompletionAnswer:
@@ -58,9 +67,12 @@ class CompletionAnswer:
         for prompt in prompts:
             serving.check_max_tokens(len(prompt), body.max_tokens)
         self._heading = make_heading("cmpl", body.model)
+        self._num_choices = body.n or 1
         self._writers = [
             ChoiceWriter(body, serving.token_text, number, self._prompt_text(prompt))
-            for number, prompt in enumerate(p for p in body.prompt for _ in range(self._params.n))
+            for number, prompt in enumerate(
+                p for p in body.prompt for _ in range(self._num_choices)
+            )
         ]
 
     async def whole(self) -> Completion:
@@ -69,8 +81,11 @@ class CompletionAnswer:
             async for index, output in outputs:
                 finals[index] = output
         in_order = [finals[index] for index in range(len(finals))]
+        usage = count_usage(in_order, self._body.scores_prompt_only)
+        if self._body.chooses:
+            in_order = [keep_best(output, self._num_choices) for output in in_order]
         choices = [c for i, output in enumerate(in_order) for c in self._write(i, output)]
-        return self._message(choices, count_usage(in_order, self._body.scores_prompt_only))
+        return self._message(choices, usage)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         encode = msgspec.json.Encoder().encode
@@ -103,7 +118,7 @@ class CompletionAnswer:
 
     def _write(self, index: int, output: RequestOutput) -> list[CompletionChoice]:
         """What is new in the choices of one prompt."""
-        writers = self._writers[index * self._params.n :]
+        writers = self._writers[index * self._num_choices :]
         choices = (writers[c.index].advance(output, c) for c in output.outputs)
         return [choice for choice in choices if choice is not None]
 
@@ -117,6 +132,17 @@ class CompletionAnswer:
             choices=choices,
             usage=usage,
         )
+
+
+def keep_best(output: RequestOutput, num: int) -> RequestOutput:
+    """With so many of its completions: those whose tokens were likeliest on average."""
+
+    def likelihood(completion: CompletionOutput) -> float:
+        return (completion.cumulative_logprob or 0.0) / max(1, len(completion.token_ids))
+
+    best = sorted(output.outputs, key=likelihood, reverse=True)[:num]
+    outputs = [replace(completion, index=index) for index, completion in enumerate(best)]
+    return replace(output, outputs=outputs)
 
 
 class ChoiceWriter:

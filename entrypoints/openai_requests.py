@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from loraplex.engine.request import Service, describe
 from loraplex.engine.sampling_params import SamplingParams
@@ -29,7 +28,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 NEUTRAL_COMPLETION_VALUES = {**NEUTRAL_VALUES, "suffix": ("",)}
@@ -37,7 +35,6 @@ NEUTRAL_CHAT_VALUES = {
     **NEUTRAL_VALUES,
     "add_special_tokens": (False,),
     "audio": (),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),
@@ -108,6 +105,8 @@ class GenerationRequest(StrictModel):
     prompt_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    truncate_prompt_tokens: Annotated[int | None, Field(ge=1)] = None
+    """Keep so many of the prompt's tokens, the last ones."""
     priority: int | None = None
     max_queue_seconds: float | None = None
     stream: bool | None = None
@@ -186,13 +185,16 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def check_best_of(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise PydanticCustomError(
-                "unsupported",
-                "best_of={value} is not supported: it must equal n",
-                {"field": "best_of", "value": self.best_of},
-            )
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError(f"best_of={self.best_of} must be at least n={self.n or 1}")
+        if self.chooses and self.stream:
+            raise ValueError("best_of is not allowed with stream=True unless it equals n")
         return self
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more completions are made than given back."""
+        return self.best_of is not None and self.best_of > (self.n or 1)
 
     @property
     def scores_prompt_only(self) -> bool:
@@ -205,6 +207,8 @@ class CompletionRequest(GenerationRequest):
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """`defaults` are the model's own. Raises ValueError for a value that is not allowed."""
         options: dict[str, Any] = {"logprobs": self.logprobs}
+        if self.chooses:
+            options |= {"n": self.best_of, "logprobs": self.logprobs or 0}
         if self.max_tokens is not None:
             options["max_tokens"] = 1 if self.scores_prompt_only else self.max_tokens
         if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
@@ -289,7 +293,8 @@ class ChatCompletionRequest(GenerationRequest):
     top_logprobs: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: list[ToolDefinition] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -302,7 +307,25 @@ class ChatCompletionRequest(GenerationRequest):
             raise ValueError("top_logprobs is only allowed with logprobs=True")
         if reserved := RESERVED_TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
             raise ValueError(f"chat_template_kwargs must not have {', '.join(sorted(reserved))}")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError(
+                "continue_final_message is not allowed together with add_generation_prompt"
+            )
         return self
+
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template is given beside the messages."""
+        options = dict(self.chat_template_kwargs or {})
+        if self.continue_final_message:
+            options["continue_final_message"] = True
+        if self.offered_tools:
+            options["tools"] = [tool.for_template() for tool in self.offered_tools]
+        return options
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the prompt ends with the beginning of an answer."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
 
     @model_validator(mode="after")
     def check_tools(self) -> ChatCompletionRequest:

@@ -45,9 +45,16 @@ class Serving:
             )
         return self.engine.tokenizer
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    async def tokenizer_of(self, lora_request: LoRARequest | None) -> Tokenizer:
+        """The adapter's tokenizer, or the base model's. Raises as `tokenizer` does, and ValueError
+        for one that can't be read."""
+        return await self.engine.tokenizer_of(lora_request) or self.tokenizer
+
+    async def encode(
+        self, text: str, add_special_tokens: bool = True, tokenizer: Tokenizer | None = None
+    ) -> list[int]:
         """The text's token ids. Raises ApiError 400 where the server runs without a tokenizer."""
-        encode = partial(self.tokenizer.encode, text, add_special_tokens)
+        encode = partial((tokenizer or self.tokenizer).encode, text, add_special_tokens)
         return await call_for_text(encode, len(text))
 
     async def encode_with_offsets(
@@ -61,11 +68,18 @@ class Serving:
             raise ApiError(404, str(error), code="no fast tokenizer") from error
 
     async def encode_chat(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool, options: dict[str, Any]
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        options: dict[str, Any],
+        tokenizer: Tokenizer | None = None,
     ) -> list[int]:
         """A conversation's token ids. Raises ValueError for what the template refuses."""
         encode = partial(
-            self.tokenizer.apply_chat_template, messages, add_generation_prompt, **options
+            (tokenizer or self.tokenizer).apply_chat_template,
+            messages,
+            add_generation_prompt,
+            **options,
         )
         return await call_for_text(encode, len(repr((messages, options))))
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from loraplex.engine.structured_outputs import json_format
 from loraplex.entrypoints.tool_formats.base import CallArguments, CallBegin, Event, Tool
 
 ARGUMENTS_KEYS = ("arguments", "parameters")
@@ -162,7 +163,7 @@ def call_tags(
         {
             "type": "tag",
             "begin": f'{begin}{{"name": {json.dumps(tool.name)}, "{arguments_key}": ',
-            "content": {"type": "json_schema", "json_schema": tool.parameters},
+            "content": json_format(tool.parameters),
             "end": "}" + end,
         }
         for tool in tools

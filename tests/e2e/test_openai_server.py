@@ -15,14 +15,31 @@ from pydantic import BaseModel, Field
 from real_server import serving
 
 from loraplex import EngineConfig
+from loraplex.benchmarks.synthetic_adapters import write_adapter
+from loraplex.engine.models.registry import lora_spec
 
 MODEL = EngineConfig().model
 ASK = [{"role": "user", "content": "Tell me about a person."}]
 
 
+# An adapter's own template, which shows tools and begins the call that the model is to go on with.
+TEMPLATE = """{% for tool in tools %}{{ tool.function.name }}: {{ tool.function.parameters }}
+{% endfor %}{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}assistant: <tool_call>
+{"name": "weather", "arguments": {"city": "Oslo"}}
+</tool_call>
+<tool_call>
+{"name": "weather", "arguments": {"city": "Rome"}}
+</tool_call>
+"""
+
+
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving({}) as url:
+def url(tmp_path_factory) -> Iterator[str]:
+    spec, _ = lora_spec(MODEL)
+    path = write_adapter(tmp_path_factory.mktemp("adapters") / "agent", spec, rank=4, seed=1)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    with serving({"agent": str(path)}) as url:
         yield f"{url}/v1"
 
 
@@ -105,3 +122,80 @@ async def test_schemas_of_many_requests_at_once_and_one_that_is_wrong(url):
         assert answer[f"f{number}"] in (number, number + 1)
     assert isinstance(error, openai.BadRequestError)
     assert error.param == "structured_outputs.regex"
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 10},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+            "required": ["city", "days"],
+        },
+    },
+}
+TIME = {"type": "function", "function": {"name": "time"}}
+
+
+def check_weather(arguments: str) -> None:
+    parsed = json.loads(arguments)
+    assert set(parsed) == {"city", "days"} and 1 <= parsed["days"] <= 9
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_calls_that_must_be_made(client, choice):
+    answer = client.chat.completions.create(
+        model="agent",
+        messages=ASK,
+        tools=[WEATHER, TIME],
+        tool_choice=choice,
+        parallel_tool_calls=False,
+        temperature=0.7,
+        n=2,
+        seed=3,
+    )
+    for completion in answer.choices:
+        (call,) = completion.message.tool_calls
+        assert completion.finish_reason == "tool_calls"
+        assert call.function.name == "weather" or choice == "required"
+        if call.function.name == "weather":
+            check_weather(call.function.arguments)
+
+
+def test_a_stream_of_calls(client):
+    with client.chat.completions.stream(
+        model="agent",
+        messages=ASK,
+        tools=[WEATHER],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+        temperature=0,
+    ) as stream:
+        num_pieces = sum(event.type.endswith("arguments.delta") for event in stream)
+        message = stream.get_final_completion().choices[0].message
+    assert num_pieces > 5
+    check_weather(message.tool_calls[0].function.arguments)
+
+
+def test_only_models_whose_template_shows_tools_are_given_them(client):
+    with pytest.raises(openai.BadRequestError, match="chat template of this model knows no tools"):
+        client.chat.completions.create(model=MODEL, messages=ASK, tools=[WEATHER])
+
+
+def test_the_best_of_several(client):
+    options = {"model": MODEL, "prompt": "The sky is", "seed": 5, "max_tokens": 4, "logprobs": 1}
+    several = client.completions.create(**options, n=4)
+    best = client.completions.create(**options, n=2, best_of=4)
+
+    def mean(choice) -> float:
+        return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+
+    ranked = sorted(several.choices, key=mean, reverse=True)
+    assert [c.text for c in best.choices] == [c.text for c in ranked[:2]]
+    assert [c.index for c in best.choices] == [0, 1]
+    assert best.usage.completion_tokens == several.usage.completion_tokens
