@@ -157,13 +157,13 @@ class DiskCache:
         return identity if (self._directory / "entries" / _key(identity)).exists() else None
 
     def _prepare(self) -> None:
-        if self._is_prepared:
-            return
+        """Make the directories, every time: others may remove them."""
         for name in ("entries", "partial", "aliases", "trash"):
             # Private adapters are nobody else's business.
             (self._directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        for leftover in (self._directory / "trash").iterdir():
-            shutil.rmtree(leftover, ignore_errors=True)
+        if not self._is_prepared:
+            for leftover in (self._directory / "trash").iterdir():
+                shutil.rmtree(leftover, ignore_errors=True)
         self._is_prepared = True
 
     def _remove(self, path: Path) -> bool:

@@ -15,6 +15,8 @@ from faulty_server import FaultyServer
 from loraplex import LLM, LoRARequest
 from loraplex.benchmarks.synthetic_model import write_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
