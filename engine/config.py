@@ -84,7 +84,9 @@ class EngineConfig(SourceSettings):
         "How long a request may wait for its first turn, where it does not say; refused at once if "
         "it would likely take longer. Default: as long as it takes.",
     )
-    tensor_parallel_size: int = option(1, "Accelerators to spread the model over.")
+    tensor_parallel_size: int = option(
+        1, "GPUs, or processes on the CPU, to spread the model over; each has a pool of its own."
+    )
     quantization: str | None = option(
         None,
         "How the weights are quantised: awq, gptq, fp8, fbgemm_fp8, bitsandbytes, "
@@ -113,14 +115,13 @@ class EngineConfig(SourceSettings):
             "device": ("auto", "cpu", "cuda"),
             "attention_backend": ("auto", "flashinfer", "native", "reference", "sdpa"),
             "eviction_policy": tuple(POLICIES),
-            "tensor_parallel_size": (1,),
             "quantization": (None, *QUANTIZATIONS),
         }
         for name, allowed in one_of.items():
             check_option(name, getattr(self, name), getattr(self, name) in allowed,
                    "one of " + ", ".join(map(repr, allowed)))  # fmt: skip
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len",
-                     "pool_bytes", "max_num_waiting"):  # fmt: skip
+        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "block_size",
+                     "max_model_len", "pool_bytes", "max_num_waiting"):  # fmt: skip
             value = getattr(self, name)
             if value is not None:
                 check_option(

@@ -87,8 +87,9 @@ PoolMaker = Callable[[int, EvictionPolicy], PagePool]
 def build_device(config: EngineConfig, wake: Callable[[], None]) -> Device:
     """The real device half; imported late, since it brings torch and the model."""
     from loraplex.engine.device import TorchDevice
+    from loraplex.engine.parallel_device import ParallelDevice
 
-    return TorchDevice(config, wake)
+    return (TorchDevice if config.tensor_parallel_size == 1 else ParallelDevice)(config, wake)
 
 
 class EngineCore:

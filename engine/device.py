@@ -29,9 +29,12 @@ from loraplex.engine.models.registry import (
     outline_model,
     page_bytes,
 )
+from loraplex.engine.models.shards import WHOLE, Shard, shard_config
+from loraplex.engine.parallel_model import Group, join_model
 from loraplex.engine.pooled_adapters import PooledAdapters
 from loraplex.engine.request import ModelInfo
 from loraplex.lora.host_store import HostAdapterStore
+from loraplex.lora.shards import sharded_spec
 from loraplex.lora.sources.fetcher import AdapterFetcher
 from loraplex.lora.spec import BaseModelSpec
 
@@ -50,10 +53,21 @@ class TorchDevice:
 
     runner: ModelRunner | GpuModelRunner
 
-    def __init__(self, config: EngineConfig, wake: Callable[[], None]) -> None:
-        device = resolve_device(config)
+    def __init__(
+        self,
+        config: EngineConfig,
+        wake: Callable[[], None],
+        shard: Shard = WHOLE,
+        meeting: Path | None = None,
+        make_adapters: Callable[..., PooledAdapters] = PooledAdapters,
+    ) -> None:
+        """shard: what of the model is here; meeting: the directory where all processes that have
+        some of it meet; make_adapters: takes the fields of PooledAdapters."""
+        device = resolve_device(config, shard)
         path = locate_model(config.model, config.revision)
-        hf_config = read_model_config(path)
+        whole_config = read_model_config(path)
+        hf_config = shard_config(whole_config, shard.count)
+        self._group = None if meeting is None else Group(meeting, shard, device)
         dtype = resolve_dtype(config.dtype, hf_config)
         max_model_len = _resolve_max_model_len(config, hf_config)
         self.model_info = ModelInfo(
@@ -62,7 +76,7 @@ class TorchDevice:
                 path if config.tokenizer is None else locate_tokenizer(config.tokenizer)
             ),
             max_model_len=max_model_len,
-            vocab_size=hf_config.vocab_size,
+            vocab_size=whole_config.vocab_size,
             eos_token_ids=read_eos_token_ids(path),
             default_sampling=read_default_sampling(path),
             dtype=str(dtype).removeprefix("torch."),
@@ -91,7 +105,7 @@ class TorchDevice:
                 ),
             ),
         )
-        model = build_model(config, path, hf_config, dtype, max_model_len, device)
+        model = build_model(config, path, hf_config, dtype, max_model_len, device, shard)
         self.num_awaited_pages = 0
         if device.type == "cuda":
             self.steps_ahead = 1
@@ -101,24 +115,38 @@ class TorchDevice:
             )
         else:
             self.steps_ahead = 0
-            memory = self._allocate(config.pool_bytes or _default_pool_bytes(), device)
+            pool_bytes = config.pool_bytes or _default_pool_bytes() // shard.count
+            memory = self._allocate(pool_bytes, device)
             self.runner = ModelRunner(
                 model, hf_config, spec, backend, memory, config.block_size, kv_dtype
             )
+            self._join(model)
+        self.memory = memory
         self.num_pages = len(memory)
-        head = model.lm_head if isinstance(model, Decoder) else None
-        linears = ModelLinears(self.runner.linears, model.embedding, head)
-        store = HostAdapterStore(
-            replace(spec, linears=linears),
+        if shard.index == 0:
+            if shard.count > 1:
+                spec = sharded_spec(base_model_spec(whole_config), spec, shard.count)
+            chosen = config.adapter_cache_directory
+            directory = Path(chosen).expanduser() if chosen else cache_root() / "adapters"
+            store = self._adapter_store(config, wake, model, spec)
+            self.adapter_store = make_adapters(AdapterFetcher(config, directory), store, memory)
+
+    def _adapter_store(
+        self, config: EngineConfig, wake: Callable[[], None], model: Model, spec: BaseModelSpec
+    ) -> HostAdapterStore:
+        """Of adapters for the whole model, `spec`."""
+        if spec.shard is None:
+            head = model.lm_head if isinstance(model, Decoder) else None
+            linears = ModelLinears(self.runner.linears, model.embedding, head)
+            spec = replace(spec, linears=linears)
+        return HostAdapterStore(
+            spec,
             self.page_bytes,
-            dtype,
+            model.embedding.dtype,
             capacity_bytes=config.host_adapter_bytes,
             on_change=wake,
             retry_seconds=config.adapter_retry_seconds,
         )
-        chosen = config.adapter_cache_directory
-        directory = Path(chosen).expanduser() if chosen else cache_root() / "adapters"
-        self.adapter_store = PooledAdapters(AdapterFetcher(config, directory), store, memory)
 
     def _build_gpu_runner(
         self,
@@ -142,6 +170,7 @@ class TorchDevice:
             config.max_num_batched_tokens,
             max_pool_pages=torch.cuda.mem_get_info(device)[1] // self.page_bytes,
         )
+        self._join(model)
         runner.attach_pool(self._allocate(MEASURING_PAGES * self.page_bytes, device))
         activation_bytes = runner.measure_activations()
         pool_bytes = config.pool_bytes
@@ -159,6 +188,8 @@ class TorchDevice:
 
     def _allocate(self, pool_bytes: int, device: torch.device) -> torch.Tensor:
         num_pages = pool_bytes // self.page_bytes
+        if self._group is not None:
+            num_pages = self._group.smallest(num_pages)
         if num_pages < 2:
             raise ValueError(
                 f"pool_bytes={pool_bytes} is not allowed: a page of this model has "
@@ -166,18 +197,32 @@ class TorchDevice:
             )
         return torch.empty(num_pages, self.page_bytes, dtype=torch.uint8, device=device)
 
+    def _join(self, model: Model) -> None:
+        """Have a share of a model, to which adapters attach already, compute with the others."""
+        if self._group is not None:
+            assert isinstance(model, Decoder)
+            join_model(model, self._group)
+
     def close(self) -> None:
         self.adapter_store.close()
 
 
-def resolve_device(config: EngineConfig) -> torch.device:
+def resolve_device(config: EngineConfig, shard: Shard = WHOLE) -> torch.device:
     """Raises ValueError for a device that this machine or build does not have."""
     has_cuda = torch.cuda.is_available() and native.has_cuda()
     if config.device == "cuda" and not has_cuda:
         lack = "this build has no CUDA kernels" if torch.cuda.is_available() else "there is no GPU"
         raise ValueError(f"device='cuda' is not allowed here: {lack}; use 'cpu' or 'auto'")
     if has_cuda and config.device != "cpu":
-        return torch.device("cuda", torch.cuda.current_device())
+        if shard.count == 1:
+            return torch.device("cuda", torch.cuda.current_device())
+        if shard.count > torch.cuda.device_count():
+            raise ValueError(
+                f"tensor_parallel_size={shard.count} is not allowed: there are "
+                f"{torch.cuda.device_count()} GPUs"
+            )
+        torch.cuda.set_device(shard.index)
+        return torch.device("cuda", shard.index)
     if config.gpu_memory_utilization is not None:
         raise ValueError(
             f"gpu_memory_utilization={config.gpu_memory_utilization} is not allowed on the CPU, "

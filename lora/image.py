@@ -82,10 +82,11 @@ class ImageLayout:
 
 @dataclass(frozen=True)
 class AdapterImage:
-    """An adapter as it goes into the pool."""
+    """An adapter as it goes into the pool, or into those of all shares of the model."""
 
-    buffer: torch.Tensor  # uint8 [num_pages * page_bytes]
+    buffer: torch.Tensor  # uint8 [shares * num_pages * page_bytes]
     num_pages: int
+    page_bytes: int
     traits: AdapterTraits
     dtype: torch.dtype
 
@@ -95,8 +96,12 @@ class AdapterImage:
 
     @property
     def pages(self) -> torch.Tensor:
-        """The buffer as uint8 [num_pages, page_bytes]."""
-        return self.buffer.view(self.num_pages, -1)
+        """Those of the first share, uint8 [num_pages, page_bytes]."""
+        return self.pages_of(0)
+
+    def pages_of(self, share: int) -> torch.Tensor:
+        """uint8 [num_pages, page_bytes]."""
+        return self.buffer.view(-1, self.num_pages, self.page_bytes)[share]
 
     def pin(self) -> None:
         """Lock the buffer's memory while the image lives: CUDA devices copy it as it is then."""
@@ -200,7 +205,7 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
         invocation_token_ids=weights.invocation_token_ids,
         **ends,
     )
-    return AdapterImage(buffer, num_pages, traits, dtype)
+    return AdapterImage(buffer, num_pages, page_bytes, traits, dtype)
 
 
 @dataclass(frozen=True)

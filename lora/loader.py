@@ -14,6 +14,7 @@ from loraplex.lora.merge import merge_adapters
 from loraplex.lora.peft_config import WEIGHTS_FILE, adapter_fingerprint, read_peft_config
 from loraplex.lora.peft_file import open_weights, read_targeted_modules, read_tensors
 from loraplex.lora.recipe import MergeRecipe, Recipe
+from loraplex.lora.shards import pack_shards
 from loraplex.lora.spec import AdapterError, BaseModelSpec
 from loraplex.lora.vectors import add_vectors
 
@@ -31,6 +32,8 @@ def load_adapter(
         weights = merge_adapters(parts, recipe.merge, spec, dtype)
     else:
         weights = read_adapter(str(recipe), spec, dtype)
+    if spec.shard is not None:
+        return pack_shards(weights, spec, page_bytes)
     return pack_image(weights, spec, page_bytes)
 
 

@@ -120,6 +120,9 @@ class BaseModelSpec:
     """The same, from hidden states to logits."""
     is_tied: bool = False
     """Whether the head's weight is the embedding."""
+    shard: BaseModelSpec | None = None
+    """What each process has of it; None: there is one, which has all."""
+    num_shards: int = 1
     linears: BaseLinears | None = field(default=None, compare=False, repr=False)
     """None: only what fits is known, so that adapters that need them can't be loaded."""
 

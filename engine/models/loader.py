@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from loraplex.engine.models.gguf_tensors import TABLE, gguf_tensors
+from loraplex.engine.models.shards import WHOLE, Shard, take_share
 from loraplex.engine.models.stored_tensors import StoredTensor, read_ahead, safetensors_tensors
 from loraplex.engine.models.weights import NamedPlaces, Place
 
@@ -39,33 +40,32 @@ def checkpoint_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def load_weights(model: LoadableModel, path: Path) -> None:
-    """Fill the model from the directory's safetensors shards, or from a GGUF file.
+def load_weights(model: LoadableModel, path: Path, shard: Shard = WHOLE) -> None:
+    """Fill the model, or a share of one, from the directory's safetensors shards or a GGUF file.
 
     Raises ValueError naming the tensors that are left over, missing or of a wrong shape.
     """
     # (A function of its own, so that no place outlives it: linears are about to be laid out anew.)
-    _fill(model, path)
+    _fill(model, path, shard)
     model.finish_loading()
 
 
-def _fill(model: LoadableModel, path: Path) -> None:
+def _fill(model: LoadableModel, path: Path, shard: Shard) -> None:
     places = dict(model.named_weights())
     leftover: list[str] = []
     found: list[tuple[str, StoredTensor, Place]] = []
     for name, stored in _stored_tensors(path):
         current_name = model.current_name(name)
-        place = places.pop(current_name, None)
-        if place is not None:
-            found.append((name, stored, place))
+        if current_name in places:
+            found.append((name, stored, places.pop(current_name)))
         elif not (model.is_ignored(current_name) or _adds_nothing(name, stored)):
             leftover.append(name)
-    progress = tqdm(total=len(found), desc="Loading weights", unit="tensor", leave=False)
-    with progress:
+    progress = {"desc": "Loading weights", "unit": "tensor", "leave": False}
+    with tqdm(total=len(found), disable=shard.index > 0, **progress) as shown:
         for name, tensor, place in read_ahead(found):
             if tensor is not None:
-                copy_to_place(name, tensor, place)
-            progress.update()
+                copy_to_place(name, take_share(tensor, place.shape, shard), place)
+            shown.update()
     if leftover:
         raise ValueError(f"the checkpoint has tensors that the model lacks: {_some(leftover)}")
     if places:
@@ -111,7 +111,7 @@ def copy_to_place(name: str, tensor: torch.Tensor, place: Place) -> None:
             f"tensor {name!r} of the checkpoint has shape {tuple(tensor.shape)}, "
             f"where the model's config.json wants {tuple(place.shape)}"
         )
-    place.copy_(tensor.view(place.shape))
+    place.copy_(tensor.reshape(place.shape))
 
 
 def _without_ones(shape: torch.Size) -> list[int]:

@@ -36,6 +36,7 @@ from loraplex.engine.models.multimodal import (
 from loraplex.engine.models.olmo2 import Olmo2ForCausalLM
 from loraplex.engine.models.phi import Phi3ForCausalLM, PhiForCausalLM
 from loraplex.engine.models.quantization.methods import find_method, quantise
+from loraplex.engine.models.shards import WHOLE, Shard, drop_summed_biases
 from loraplex.engine.models.stablelm import StableLmForCausalLM
 from loraplex.engine.models.starcoder2 import Starcoder2ForCausalLM
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
@@ -99,12 +100,13 @@ def build_model(
     dtype: torch.dtype,
     max_model_len: int,
     device: torch.device,
+    shard: Shard = WHOLE,
 ) -> Model:
-    """The model with its weights, on a device."""
+    """The model with its weights, on a device; or the share of it that hf_config is of."""
     architecture = model_class(hf_config)
     if architecture is None:
         return load_fallback(path, hf_config, dtype, device, config.load_format == "dummy")
-    method = find_method(config.quantization, hf_config)
+    method = find_method(config.quantization, hf_config, shard.count)
     with device:
         model = architecture(hf_config, dtype, max_model_len)
     if method is not None:
@@ -112,7 +114,9 @@ def build_model(
     if config.load_format == "dummy":
         fill_dummy_weights(model, config.seed, device)
     else:
-        load_weights(model, path)
+        load_weights(model, path, shard)
+    if shard.index > 0:
+        drop_summed_biases(model)
     return model
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from loraplex.engine.models.weights import Place
+
 Tensor = torch.Tensor
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -54,7 +56,7 @@ class StoredTensor:
         return self.decode(self._read_to(buffer))
 
     def _read_to(self, buffer: Tensor) -> Tensor:
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = memoryview(buffer.numpy().data), 0
         descriptor = os.open(self.file, os.O_RDONLY)
         try:
             while done < self.num_bytes:
@@ -68,8 +70,8 @@ class StoredTensor:
 
 
 def read_ahead(
-    tensors: Iterable[tuple[str, StoredTensor, object]],
-) -> Iterator[tuple[str, Tensor | None, object]]:
+    tensors: Iterable[tuple[str, StoredTensor, Place]],
+) -> Iterator[tuple[str, Tensor | None, Place]]:
     """(name, tensor, place) of each, in turn, while threads read those that follow; the tensor is
     None if it is in its place already."""
     with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="weights") as pool:

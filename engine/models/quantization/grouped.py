@@ -79,6 +79,8 @@ def sort_by_group(name: str, groups: Tensor, num_groups: int) -> Tensor | None:
     ValueError if groups differ in size.
     """
     group_size = len(groups) // num_groups
+    # A share of the inputs has a share of the groups.
+    groups = groups - groups.min()
     in_turn = torch.arange(len(groups), device=groups.device) // group_size
     # Checkpoints from before there was an order have zeros.
     if torch.equal(groups, in_turn) or not groups.any():

@@ -35,10 +35,11 @@ ON_LOAD_METHODS: dict[str, Callable[[], Method]] = {
 }
 
 
-def find_method(requested: str | None, hf_config: Any) -> Method | None:
+def find_method(requested: str | None, hf_config: Any, num_shards: int = 1) -> Method | None:
     """The method that the checkpoint, or the option `quantization`, asks for.
 
-    Raises ValueError for a method or setting that is not supported, and if both disagree.
+    Raises ValueError for a method or setting that is not supported, or can't be divided into so
+    many shares, and if both disagree.
     """
     config = getattr(hf_config, "quantization_config", None)
     if config is None:
@@ -50,6 +51,11 @@ def find_method(requested: str | None, hf_config: Any) -> Method | None:
         )
     if name not in CHECKPOINT_METHODS:
         raise unsupported("quant_method", name, "one of " + _list(CHECKPOINT_METHODS))
+    if num_shards > 1 and config.get("load_in_4bit"):
+        raise ValueError(
+            f"tensor_parallel_size={num_shards} is not supported for checkpoints that bitsandbytes "
+            "wrote in 4 bits: have it quantise a plain one on load"
+        )
     return CHECKPOINT_METHODS[name](config)
 
 

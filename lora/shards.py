@@ -1,0 +1,57 @@
+"""Adapters for a model whose linears are divided among processes.
+
+Of a linear that has some of the outputs in each process, B is divided and A is whole; of one that
+has some of the inputs, A is divided and B is whole, since the products are summed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from loraplex.lora.image import AdapterImage, AdapterWeights, allocate_pages, pack_image
+from loraplex.lora.spec import AdapterError, BaseModelSpec
+
+
+def sharded_spec(whole: BaseModelSpec, shard: BaseModelSpec, num_shards: int) -> BaseModelSpec:
+    """What adapters of a divided model may target: linears, but not embedding and head."""
+    return replace(whole, shard=shard, num_shards=num_shards, embedding=None, head=None)
+
+
+def pack_shards(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) -> AdapterImage:
+    """One image with the pages of all shares; spec: of the whole model, which has a `shard`.
+
+    Raises AdapterError for what can't be divided.
+    """
+    if weights.gains:
+        raise AdapterError(
+            "adapters with DoRA or biases are not supported with tensor_parallel_size above 1"
+        )
+    assert spec.shard is not None
+    images = [
+        pack_image(_shard(weights, spec, spec.shard, index), spec.shard, page_bytes)
+        for index in range(spec.num_shards)
+    ]
+    buffer = allocate_pages(sum(image.num_bytes for image in images))
+    torch.cat([image.buffer for image in images], out=buffer)
+    return replace(images[0], buffer=buffer)
+
+
+def _shard(
+    weights: AdapterWeights, whole: BaseModelSpec, shard: BaseModelSpec, index: int
+) -> AdapterWeights:
+    a, b = {}, {}
+    for place in weights.a:
+        module, share = whole.modules[place[1]], shard.modules[place[1]]
+        a[place] = _share(weights.a[place], 1, module.in_features, share.in_features, index)
+        b[place] = _share(weights.b[place], 0, module.out_features, share.out_features, index)
+    return replace(weights, a=a, b=b)
+
+
+def _share(
+    matrix: torch.Tensor, dimension: int, whole_size: int, size: int, index: int
+) -> torch.Tensor:
+    if size == whole_size:
+        return matrix
+    return matrix.narrow(dimension, size * index, size).contiguous()

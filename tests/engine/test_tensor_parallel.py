@@ -1,0 +1,124 @@
+"""A model spread over two processes on the CPU computes what it does in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from quantised_models import SHAPE
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config
+
+from loraplex import LLM, LoRARequest, SamplingParams
+from loraplex.benchmarks.synthetic_adapters import write_adapter
+from loraplex.engine.models.registry import lora_spec, outline_model
+from loraplex.engine.models.shards import check_shardable
+
+OPTIONS = {
+    "dtype": "float32", "device": "cpu", "skip_tokenizer_init": True, "max_num_seqs": 8,
+    "max_num_batched_tokens": 48, "max_model_len": 96,
+}  # fmt: skip
+# Divided by outputs, divided by inputs, and both.
+ADAPTERS = {
+    "r1": (1, ["q_proj", "v_proj", "up_proj"]),
+    "r8": (8, ["o_proj", "down_proj"]),
+    "r20": (20, ["k_proj", "gate_proj", "down_proj"]),
+}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE | {"vocab_size": 102, "attention_bias": True, "mlp_bias": True})
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapters(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    spec, _ = lora_spec(str(model_path))
+    directory = tmp_path_factory.mktemp("adapters")
+    return {
+        name: write_adapter(directory / name, spec, rank=rank, modules=modules, seed=rank)
+        for name, (rank, modules) in ADAPTERS.items()
+    }
+
+
+def generate(llm: LLM, adapters: dict[str, Path], scores_prompts: bool = True) -> list:
+    """Greedy and sampled requests, of all adapters and none. (Prompts that are scored are computed,
+    whatever is cached of them.)"""
+    generator = torch.Generator().manual_seed(1)
+    cases = [
+        (torch.randint(102, (35 + 4 * i,), generator=generator).tolist(), name, temperature)
+        for i, name in enumerate([None, *adapters, None, None, None])
+        for temperature in (0.0, 0.8)
+    ]
+    outputs = llm.generate(
+        [prompt for prompt, _, _ in cases],
+        [
+            SamplingParams(temperature=temperature, seed=3, max_tokens=36, ignore_eos=True,
+                           logprobs=2, prompt_logprobs=0 if scores_prompts else None)
+            for _, _, temperature in cases
+        ],
+        lora_request=[name and LoRARequest(name, str(adapters[name])) for _, name, _ in cases],
+        use_tqdm=False,
+    )  # fmt: skip
+    llm.check_integrity()
+    return outputs
+
+
+def check_equal(outputs: list, expected: list) -> None:
+    for output, other in zip(outputs, expected, strict=True):
+        completion, reference = output.outputs[0], other.outputs[0]
+        assert completion.token_ids == reference.token_ids
+        pairs = [
+            *zip(completion.logprobs, reference.logprobs, strict=True),
+        ]
+        if output.prompt_logprobs is not None:
+            pairs += zip(output.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True)
+        for ours, theirs in pairs:
+            assert {k: v.logprob for k, v in ours.items()} == pytest.approx(
+                {k: v.logprob for k, v in theirs.items()}, abs=1e-3
+            )
+
+
+def test_two_processes_equal_one(model_path, adapters):
+    """With adapters, prefix cache and preemption; and a lost process is told of."""
+    with LLM(str(model_path), **OPTIONS) as llm:
+        expected = generate(llm, adapters)
+        page_bytes, pages = llm.stats()["page_bytes"], 44
+    with LLM(
+        str(model_path), tensor_parallel_size=2, pool_bytes=pages * page_bytes // 2, **OPTIONS
+    ) as llm:
+        assert llm.stats()["page_bytes"] == page_bytes // 2
+        assert llm.stats()["pages_total"] == pages - 1
+        check_equal(generate(llm, adapters), expected)
+        assert llm.stats()["preemptions"] > 0
+        assert llm.stats()["adapter_evictions"] > 0
+        check_equal(generate(llm, adapters, scores_prompts=False), expected)
+        assert llm.stats()["prefix_hit_tokens"] > 0
+        (worker,) = llm._core._device._workers._processes
+        worker.kill()
+        worker.wait()
+        with pytest.raises(RuntimeError, match="worker is gone|[Cc]onnection"):
+            generate(llm, adapters)
+
+
+@pytest.mark.parametrize(
+    ("count", "field"), [(3, "num_attention_heads=4"), (4, "num_key_value_heads=2")]
+)
+def test_sizes_that_do_not_divide_are_refused_by_name(count, field, model_path):
+    with pytest.raises(ValueError, match=rf"tensor_parallel_size={count} .*divide {field}"):
+        LLM(str(model_path), tensor_parallel_size=count, **OPTIONS)
+
+
+def test_fused_projections_are_refused_by_name():
+    outline = outline_model(Phi3Config(architectures=["Phi3ForCausalLM"], pad_token_id=0))
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 .*Phi3ForCausalLM"):
+        check_shardable(outline, 2)
+    check_shardable(outline, 1)
