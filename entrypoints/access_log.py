@@ -12,11 +12,12 @@ import uuid
 from collections.abc import Iterable
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 from starlette.types import Message, Scope, Send
 
-from loraplex.engine.outputs import RequestOutput
+from loraplex.engine.outputs import RequestMetrics, RequestOutput
 from loraplex.entrypoints.api_keys import Caller
 
 logger = logging.getLogger("loraplex.access")
@@ -33,6 +34,12 @@ def start_access_log() -> None:
     logger.setLevel(logging.INFO)
 
 
+def log_access(entry: dict[str, Any]) -> None:
+    """Write the line, where start_access_log was called."""
+    if logger.handlers:
+        logger.info("%s", msgspec.json.encode(entry).decode())
+
+
 class Visit:
     """One HTTP request on its way through the server."""
 
@@ -47,6 +54,8 @@ class Visit:
         self._adapters: set[str] = set()
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
+        self.times: RequestMetrics | None = None
+        """Of the first generation that ended."""
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         is_fit = given.isascii() and given.isprintable() and len(given) <= MAX_REQUEST_ID_LENGTH
         self.request_id = given if given and is_fit else uuid.uuid4().hex
@@ -72,17 +81,16 @@ class Visit:
         """A generation ended with this output."""
         num_prompt = len(output.prompt_token_ids)
         num_output = sum(len(completion.token_ids) for completion in output.outputs)
+        self.times = self.times or output.metrics
         self._num_prompt_tokens += num_prompt
         self._num_output_tokens += num_output
         if self.caller is not None:
             self.caller.spend_tokens(num_prompt + num_output)
 
-    def log(self) -> None:
-        """Write the line, where start_access_log was called."""
-        if not logger.handlers:
-            return
+    def entry(self) -> dict[str, Any]:
+        """What there is to tell of it in the end."""
         client = self._scope.get("client")
-        entry = {
+        return {
             "time": datetime.now(UTC),
             "request_id": self.request_id,
             "client": client[0] if client else None,
@@ -96,7 +104,6 @@ class Visit:
             "prompt_tokens": self._num_prompt_tokens,
             "output_tokens": self._num_output_tokens,
         }
-        logger.info("%s", msgspec.json.encode(entry).decode())
 
 
 current_visit: ContextVar[Visit | None] = ContextVar("current_visit", default=None)

@@ -27,6 +27,7 @@ from loraplex.entrypoints.gate import Gate
 from loraplex.entrypoints.server_config import ServerConfig
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import json_error
+from loraplex.entrypoints.tracing import Tracer
 
 PUBLIC = (openai_completions, openai_chat, lorax_routes, operator_routes)
 # These may have a port of their own.
@@ -39,6 +40,7 @@ def build_app(
     config: ServerConfig,
     keys: KeyRing | None,
     modules: Sequence[ModuleType] = EVERYTHING,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """An application over a started engine. keys: who may call; None: everybody. modules: whose
     routes it has."""
@@ -58,6 +60,7 @@ def build_app(
         admin_paths=admin_routes.ADMIN_PATHS | adapter_routes.ADMIN_PATHS,
         max_request_bytes=config.max_request_bytes,
         error_response=error_response,
+        tracer=tracer,
     )
     if config.cors_origins is not None:
         # Around the gate: a browser asks without the key whether it may ask.

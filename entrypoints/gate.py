@@ -10,9 +10,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraplex.entrypoints.access_log import Visit, current_visit
+from loraplex.entrypoints.access_log import Visit, current_visit, log_access
 from loraplex.entrypoints.api_keys import Caller, KeyRing
 from loraplex.entrypoints.errors import ApiError
+from loraplex.entrypoints.tracing import Tracer
 
 # Whoever watches the server needs no key.
 OPEN_PATHS = frozenset({"/", "/health", "/live", "/ping", "/ready", "/metrics", "/version"})
@@ -30,6 +31,7 @@ class Gate:
         admin_paths: Collection[str],
         max_request_bytes: int,
         error_response: Callable[[str, Exception], Response],
+        tracer: Tracer | None,
     ) -> None:
         """keys: None lets everybody through. error_response: the answer at a path to an error."""
         self._app = app
@@ -37,6 +39,7 @@ class Gate:
         self._admin_paths = admin_paths
         self._max_request_bytes = max_request_bytes
         self._error_response = error_response
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,6 +47,8 @@ class Gate:
             return
         headers = dict(scope["headers"])
         visit = Visit(scope, headers, send)
+        tracer = self._tracer
+        span = tracer and tracer.start(scope["method"], scope["path"], headers)
         try:
             visit.caller = self._authenticate(scope, headers)
             self._check_length(headers)
@@ -56,7 +61,10 @@ class Gate:
                 response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, visit.send)
         finally:
-            visit.log()
+            entry = visit.entry()
+            log_access(entry)
+            if tracer is not None and span is not None:
+                tracer.end(span, entry, visit.times)
 
     def _authenticate(self, scope: Scope, headers: dict[bytes, bytes]) -> Caller | None:
         """Whose request this is; None where everybody may. Raises ApiError 401, 403."""

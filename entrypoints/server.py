@@ -25,6 +25,7 @@ from loraplex.entrypoints.server_config import ServerConfig
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import unless
 from loraplex.entrypoints.supervisor import Supervisor
+from loraplex.entrypoints.tracing import Tracer, otlp_provider
 from loraplex.lora.sources.reference import parse_adapter_reference
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
     keys = make_key_ring(config)
     if config.access_log:
         start_access_log()
+    provider = None if config.otlp_endpoint is None else otlp_provider(config.otlp_endpoint)
+    tracer = provider and Tracer(provider)
     _allow_many_connections()
     with contextlib.ExitStack() as stack:
         listeners = [
@@ -82,7 +85,7 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
             )
             has_two = config.admin_port is not None
             apps = [
-                build_app(serving, config, keys, modules)
+                build_app(serving, config, keys, modules, tracer)
                 for modules in ((PUBLIC, ADMIN) if has_two else (EVERYTHING,))
             ]
             servers = [
@@ -91,6 +94,8 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
             await _run(servers, engine, supervisor, signals, config.shutdown_grace)
         finally:
             await engine.shutdown()
+            if provider is not None:
+                await asyncio.to_thread(provider.shutdown)
 
 
 async def _preload_adapters(

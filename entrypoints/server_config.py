@@ -98,6 +98,10 @@ class ServerConfig:
     shutdown_grace: float = option(
         30.0, "Seconds that running requests are given after SIGTERM or SIGINT."
     )
+    otlp_endpoint: str | None = option(
+        None,
+        "Where spans of requests are sent: an OpenTelemetry collector that speaks OTLP over HTTP.",
+    )
     access_log: bool = option(True, "Write a line of JSON to standard output for each request.")
     log_level: str = option("info", "One of debug, info, warning and error.")
 

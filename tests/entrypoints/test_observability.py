@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 from server_process import ADDRESS, running_server
 
@@ -99,3 +105,50 @@ def test_administrators_may_have_a_port_of_their_own(adapter_root):
             for path in ("/health", "/live", "/ready", "/v1/models"):
                 assert httpx.get(f"{url}{path}").status_code == 200
         assert server.stop() == 0
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Takes spans as OTLP over HTTP."""
+
+    spans: ClassVar[list[Span]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if self.headers.get("content-encoding") == "gzip":
+            body = gzip.decompress(body)
+        request = ExportTraceServiceRequest.FromString(body)
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self.spans.extend(scope.spans)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_traces():
+    collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    trace_id, parent_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with running_server("--otlp-endpoint", endpoint) as server:
+        body = {"model": "fake", "prompt": "secret"}
+        headers = {"traceparent": f"00-{trace_id}-{parent_id}-01", "x-request-id": "mine"}
+        httpx.post(f"{server.url}/v1/completions", json=body, headers=headers)
+        httpx.post(f"{server.url}/v1/completions", json={**body, "model": "nobody"})
+        assert server.stop() == 0
+    collector.shutdown()
+    spans = [span for span in Collector.spans if span.name == "POST /v1/completions"]
+    served, refused = sorted(spans, key=lambda span: span.start_time_unix_nano)
+    assert served.trace_id.hex() == trace_id
+    assert served.parent_span_id.hex() == parent_id
+    attributes = {a.key: a.value for a in served.attributes}
+    assert attributes["gen_ai.usage.input_tokens"].int_value == 7
+    assert attributes["gen_ai.usage.output_tokens"].int_value == 7
+    assert attributes["loraplex.request_id"].string_value == "mine"
+    assert attributes["gen_ai.latency.time_to_first_token"].double_value > 0
+    assert "secret" not in str(served)
+    assert {a.key: a.value.int_value for a in refused.attributes}[
+        "http.response.status_code"
+    ] == 404
