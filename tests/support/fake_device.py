@@ -273,7 +273,9 @@ class FakeRunner:
             self.slots[slot] = adapters[row], int(batch.positions[row]), token_ids[row]
         tokens = [self._sample(batch, i, adapters) for i in range(len(batch.sampled))]
         self.last_token.update(zip(batch.sampled_slots.tolist(), tokens, strict=True))
-        return StepResult(tokens, None, [self._score(span) for span in batch.prompt_logprobs])
+        wanted = batch.sampling.num_logprobs.tolist()
+        logprobs = [_logprobs(t, n) for t, n in zip(tokens, wanted, strict=True)]
+        return StepResult(tokens, logprobs, [self._score(span) for span in batch.prompt_logprobs])
 
     def _sample(self, batch: StepBatch, index: int, adapters: list[str]) -> int:
         sampling, adjustments, forbidden = batch.sampling, batch.sampling.adjustments, list[int]()
@@ -289,7 +291,8 @@ class FakeRunner:
         return next_token(adapter, token_ids, random_number, forbidden)
 
     def _score(self, span: PromptLogprobsSpan) -> list[TokenLogprobs]:
-        return [TokenLogprobs([token_id], [0.0], [1]) for token_id in span.target_ids.tolist()]
+        scores = [_logprobs(t, span.num_logprobs) for t in span.target_ids.tolist()]
+        return [score for score in scores if score is not None]
 
     def _adapter_of_rows(self, batch: StepBatch) -> list[str]:
         adapters = [""] * len(batch.token_ids)
@@ -312,6 +315,14 @@ class FakeRunner:
             assert (written_by, written_position) == ("" if is_base else adapter, position)
             token_ids.append(token_id)
         return token_ids
+
+
+def _logprobs(token_id: int, num_logprobs: int) -> TokenLogprobs | None:
+    """Of the chosen token, and of tokens 0, 1, ... as the likeliest; None if nobody wants them."""
+    if num_logprobs < 0:
+        return None
+    likeliest = list(range(num_logprobs))
+    return TokenLogprobs([token_id, *likeliest], [-0.5] * (1 + num_logprobs), [1, *likeliest])
 
 
 def tokens_of_row(tokens: TokensOfRows, row: int) -> list[int]:
