@@ -98,7 +98,8 @@ class SamplingParams:
     def _check_ranges(self) -> None:
         _check("n", self.n, 1 <= self.n <= 128, "1 to 128")
         _check("temperature", self.temperature, 0 <= self.temperature <= 100, "0 to 100")
-        _check("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (all), or 1 and more")
+        _check("top_k", self.top_k, -1 <= self.top_k < 2**31,
+               "-1 or 0 (all), or 1 and more, of 31 bits")  # fmt: skip
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, up to 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 100,
@@ -107,9 +108,11 @@ class SamplingParams:
             _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "-2 to 2")
         if self.seed is not None:
             _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "a 64-bit integer")
-        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more")
+        _check("min_tokens", self.min_tokens, 0 <= self.min_tokens < 2**31,
+               "0 or more, of 31 bits")  # fmt: skip
         if self.max_tokens is not None:
-            _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more, or None")
+            _check("max_tokens", self.max_tokens, 1 <= self.max_tokens < 2**31,
+                   "1 or more, of 31 bits, or None")  # fmt: skip
             _check("min_tokens", self.min_tokens, self.min_tokens <= self.max_tokens,
                    f"at most max_tokens={self.max_tokens}")  # fmt: skip
         for name in ("logprobs", "prompt_logprobs"):
