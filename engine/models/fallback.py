@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.engine.models.blocks import ForwardBatch, Heads
@@ -29,6 +28,13 @@ Tensor = torch.Tensor
 
 SERVED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 RECORDING, SERVING = "loraplex_recording", "loraplex"
+# What else may be said to attention, as it changes nothing: the mask has the window, and nothing is
+# dropped.
+NEUTRAL_OPTIONS = {
+    "dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache",
+}  # fmt: skip
+# Those that may be None.
+ABSENT_OPTIONS = {"encoder_hidden_states", "s_aux"}
 # How far rows of a batch may be from what they are in another order, by rounding.
 ORDER_TOLERANCE = 0.1
 
@@ -107,13 +113,26 @@ class TransformersDecoder:
         # The head's factors and caps are in the forward of the whole, so that it is run with a body
         # that has its result already.
         body = self._model.get_decoder()
-        body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+        body.forward = lambda *_, **__: _BodyOutput(hidden[None])
         try:
             rows = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
             logits: Tensor = self._model(**_inputs(rows, rows)).logits[0]
         finally:
             del body.forward
         return logits
+
+
+class _BodyOutput:
+    """What a model's body gives, of whatever form its head expects: all but the result is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class _TransformersLayer:
@@ -259,8 +278,9 @@ def _record(model: Any) -> list[_AttentionCall]:
             raise _NotServedError("its keys and values differ in shape")
         if not isinstance(mask, _Mask):
             raise _NotServedError("it makes its attention masks by itself")
-        if options.get("s_aux") is not None:
-            raise _NotServedError("its attention has sinks")
+        for name in options.keys() - NEUTRAL_OPTIONS - {"scaling", "softcap"}:
+            if options[name] is not None or name not in ABSENT_OPTIONS:
+                raise _NotServedError(f"its attention has an option of its own, {name}")
         heads = Heads(query.shape[1], key.shape[1], query.shape[-1])
         scale = options.get("scaling") or heads.head_dim**-0.5
         call = _AttentionCall(

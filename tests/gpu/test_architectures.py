@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from architectures import CASES, FALLBACK_CASES
-from tiny_models import check_tiny_model
+from architecture_check import check_model
+from architectures import CASES, FALLBACK_CASES, all_linears, tiny_config
 
 
 @pytest.mark.parametrize("case", [*CASES, *FALLBACK_CASES])
 def test_a_mixed_batch_equals_transformers_and_peft(case: str, tmp_path: Path):
-    check_tiny_model(case, tmp_path, "cuda")
+    config = tiny_config(case)
+    check_model(config, all_linears(config), tmp_path, "cuda")

@@ -5,6 +5,7 @@ Each case is one way in which checkpoints of the architecture come.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+
+from loraplex.engine.models.registry import ARCHITECTURES, base_model_spec
 
 # What the cases share; a case says what it has otherwise. Heads of 80, groups of 3.
 SIZES = {
@@ -214,6 +217,25 @@ FALLBACK_CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Further model types that transformers' implementations serve; they are tested by slow tests.
+OTHER_MODEL_TYPES = (
+    "apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere2_moe", "ctrl", "cwm", "ernie4_5",
+    "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm", "glm4_moe", "glm4_moe_lite", "gpt_bigcode",
+    "gptj", "granitemoe", "granitemoeshared", "hyperclovax", "jais2", "laguna", "mellum",
+    "minimax_m2", "ministral3", "nanochat", "persimmon", "phimoe", "qwen2_moe", "vaultgemma",
+)  # fmt: skip
+
+
+def other_config(model_type: str) -> PreTrainedConfig:
+    """A tiny config of one of OTHER_MODEL_TYPES. They take what they know of these."""
+    sizes = {**SIZES, "hidden_size": 240, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    del sizes["head_dim"]
+    experts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4)
+    return AutoConfig.for_model(
+        model_type, **sizes, **experts, sliding_window=13, pad_token_id=2, dtype="float32"
+    )
+
+
 def tiny_config(case: str) -> PreTrainedConfig:
     """The transformers config of a case."""
     values = {
@@ -230,18 +252,32 @@ def architecture_of(config: PreTrainedConfig) -> str:
     return names[config.model_type]
 
 
-def write_tiny_model(config: PreTrainedConfig, directory: Path) -> dict[str, Path]:
-    """Write a random model to directory/model; returns PEFT adapters on all of its linears.
-
-    Of models with experts, on those of attention and, where they are served, on routers.
-    """
-    has_experts = "num_experts" in config.to_dict() or "num_local_experts" in config.to_dict()
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if has_experts else "all-linear"
-    # Where all layers have one, and not through transformers' implementation.
-    has_router = has_experts and config.model_type != "olmoe"
-    has_router = has_router and not getattr(config, "mlp_only_layers", None)
+def all_linears(config: PreTrainedConfig) -> dict[str, Any]:
+    """The options of PEFT for adapters on all linears; of models with experts, on those of
+    attention and, where our implementation serves them, on routers."""
     if config.get_text_config() is not config:
-        targets = r"model\.language_model\..*_proj"
+        return {"target_modules": r"model\.language_model\..*_proj"}
+    if not {"num_experts", "num_local_experts"} & config.to_dict().keys():
+        return {"target_modules": "all-linear"}
+    options: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    # Not in models some of whose layers have no router.
+    if architecture_of(config) in ARCHITECTURES and not getattr(config, "mlp_only_layers", None):
+        options["target_parameters"] = ["gate.weight"]
+    return options
+
+
+def served_linears(config: PreTrainedConfig) -> dict[str, Any]:
+    """The options of PEFT for adapters on all that the engine says it serves."""
+    config.architectures = [architecture_of(config)]
+    spec = base_model_spec(config)
+    modules = "|".join(re.escape(module.path) for module in spec.modules)
+    return {"target_modules": rf"{re.escape(spec.layer_path)}\.\d+\.({modules})"}
+
+
+def write_random_model(
+    config: PreTrainedConfig, directory: Path, targets: dict[str, Any]
+) -> dict[str, Path]:
+    """Write a random model to directory/model; returns PEFT adapters. targets: options of PEFT."""
     torch.manual_seed(0)
     model = getattr(transformers, architecture_of(config))(config)
     for parameter in model.parameters():
@@ -249,13 +285,7 @@ def write_tiny_model(config: PreTrainedConfig, directory: Path) -> dict[str, Pat
     model.save_pretrained(directory / "model")
     adapters = {}
     for name, rank in (("small", 3), ("large", 12)):
-        lora = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=targets,
-            target_parameters=["gate.weight"] if has_router else None,
-            task_type="CAUSAL_LM",
-        )
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **targets)
         peft_model = get_peft_model(model, lora)
         for parameter in peft_model.parameters():
             if parameter.requires_grad:

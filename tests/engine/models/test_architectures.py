@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from architecture_check import check_model
 from architectures import (
     CASES,
     FALLBACK_CASES,
+    OTHER_MODEL_TYPES,
+    all_linears,
     architecture_of,
+    other_config,
+    served_linears,
     tiny_config,
-    write_tiny_model,
+    write_random_model,
 )
 from model_table import DOCUMENT, render_document
 from safetensors.torch import load_file, save_file
-from tiny_models import check_tiny_model
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.models.config import read_model_config
@@ -31,7 +35,15 @@ IGNORED = {
 
 @pytest.mark.parametrize("case", [*CASES, *FALLBACK_CASES])
 def test_a_mixed_batch_equals_transformers_and_peft(case: str, tmp_path: Path, one_thread: None):
-    check_tiny_model(case, tmp_path, device="cpu")
+    config = tiny_config(case)
+    check_model(config, all_linears(config), tmp_path, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", OTHER_MODEL_TYPES)
+def test_other_models_of_transformers_equal_it(model_type: str, tmp_path: Path, one_thread: None):
+    config = other_config(model_type)
+    check_model(config, served_linears(config), tmp_path, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +64,8 @@ def test_a_mixed_batch_equals_transformers_and_peft(case: str, tmp_path: Path, o
     ],
 )
 def test_older_names_of_tensors_are_known(case, rename, tmp_path):
-    write_tiny_model(tiny_config(case), tmp_path)
+    config = tiny_config(case)
+    write_random_model(config, tmp_path, all_linears(config))
     file = tmp_path / "model" / "model.safetensors"
     tensors = {rename(name): tensor for name, tensor in load_file(file).items()}
     tensors |= IGNORED.get(case, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import tiny_config, write_tiny_model
+from architectures import all_linears, tiny_config, write_random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
     [
         ({"model_type": "mamba", **SIZES}, "MambaForCausalLM.*fails with our attention"),
         ({"model_type": "bloom", **SIZES}, "fails with our attention"),
-        ({"model_type": "gpt_oss", **GROUPED}, "its attention has sinks"),
+        ({"model_type": "gpt_oss", **GROUPED}, "its attention has an option of its own, s_aux"),
         ({"model_type": "deepseek_v3", **LATENT}, "keys and values differ in shape"),
         ({"model_type": "falcon_h1", **GROUPED}, "fails with our attention"),
         ({"model_type": "bert", **SIZES}, "mask is neither causal nor a sliding window"),
@@ -65,7 +65,8 @@ def test_tokens_that_depend_on_each_other_outside_of_attention_are_refused(monke
 
 
 def test_a_checkpoint_without_a_tensor_is_refused(tmp_path):
-    write_tiny_model(tiny_config("GLM 4"), tmp_path)
+    config = tiny_config("GLM 4")
+    write_random_model(config, tmp_path, all_linears(config))
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.down_proj.weight"]

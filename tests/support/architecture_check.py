@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
-from architectures import SIZES, tiny_config, write_tiny_model
+from architectures import SIZES, write_random_model
 from oracle import Oracle
+from transformers import PreTrainedConfig
 
 from loraplex import LLM, LoRARequest, SamplingParams
 
@@ -16,10 +18,13 @@ PROMPT_LENGTHS = (5, 13, 40)
 MAX_MODEL_LEN = 60
 
 
-def check_tiny_model(case: str, directory: Path, device: str) -> None:
+def check_model(
+    config: PreTrainedConfig, targets: dict[str, Any], directory: Path, device: str
+) -> None:
     """Greedy tokens and log-probabilities of a batch that mixes the base model with adapters, in
-    float32, are those of transformers and PEFT. The directory must be empty."""
-    adapters = write_tiny_model(tiny_config(case), directory)
+    float32, are those of transformers and PEFT. targets: PEFT's options of the adapters; the
+    directory must be empty."""
+    adapters = write_random_model(config, directory, targets)
     rng = random.Random(0)
     prompts, names = [], []
     for length in PROMPT_LENGTHS:
