@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.lora.recipe import Merge
+from loraplex.lora.recipe import Merge, is_finite_number
 
 if TYPE_CHECKING:
     from loraplex.engine.adapter_manager import Adapter
@@ -53,10 +53,15 @@ class LoRARequest:
                 "give a directory that holds adapter_config.json, a hub id or s3://bucket/prefix, "
                 "or else merged_adapters"
             )
-        if not math.isfinite(self.scale):
+        if not isinstance(self.merged_adapters, MergedAdapters | None):
             raise ValueError(
-                f"scale={self.scale} of adapter {self.lora_name!r} is not allowed: it must be a "
-                "finite number"
+                f"merged_adapters={describe(self.merged_adapters)} is not allowed: it must be "
+                "MergedAdapters, or None"
+            )
+        if not is_finite_number(self.scale):
+            raise ValueError(
+                f"scale={describe(self.scale)} of adapter {self.lora_name!r} is not allowed: it "
+                "must be a finite number"
             )
 
     @property
@@ -83,6 +88,12 @@ class MergedAdapters(Merge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        is_list = isinstance(self.adapters, list | tuple)
+        if not is_list or not all(isinstance(part, LoRARequest) for part in self.adapters):
+            raise ValueError(
+                f"adapters={describe(self.adapters)} is not allowed: it must be a list of "
+                "LoRARequests"
+            )
         object.__setattr__(self, "adapters", tuple(self.adapters))
         if len(self.adapters) != len(self.weights):
             raise ValueError(

@@ -6,12 +6,12 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraplex.lora.recipe import is_finite_number
 from loraplex.lora.spec import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -332,8 +332,7 @@ def _check_rank(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    _check(name, value, is_number and abs(value) <= sys.float_info.max, "a finite number")
+    _check(name, value, is_finite_number(value), "a finite number")
 
 
 def _check(name: str, value: Any, is_allowed: bool, allowed: str) -> None:

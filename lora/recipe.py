@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 
 STRATEGIES = ("linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -27,16 +27,23 @@ class Merge:
     """Decides which entries the dare strategies keep: the same seed, the same result."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", tuple(self.weights))
-        are_finite = bool(self.weights) and all(map(math.isfinite, self.weights))
+        is_list = isinstance(self.weights, list | tuple)
+        object.__setattr__(self, "weights", tuple(self.weights) if is_list else self.weights)
+        are_finite = is_list and bool(self.weights) and all(map(is_finite_number, self.weights))
         _check("weights", self.weights, are_finite, "finite numbers, one for each adapter")
         _check("strategy", self.strategy, self.strategy in STRATEGIES, f"one of {STRATEGIES}")
-        is_density = 0 < self.density <= 1
+        is_density = is_finite_number(self.density) and 0 < self.density <= 1
         _check("density", self.density, is_density, "above 0 and at most 1")
         method = self.majority_sign_method
         is_method = method in MAJORITY_SIGN_METHODS
         _check("majority_sign_method", method, is_method, f"one of {MAJORITY_SIGN_METHODS}")
-        _check("seed", self.seed, self.seed >= 0, "an integer of at least 0")
+        is_seed = type(self.seed) is int and self.seed >= 0
+        _check("seed", self.seed, is_seed, "an integer of at least 0")
+
+
+def is_finite_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:

@@ -124,6 +124,8 @@ def test_what_is_wrong_with_a_request_is_said():
     for fields, message in (
         ({"weights": [1, 2]}, "one weight for each of the 1 adapters"),
         ({"adapters": [scaled]}, "with 'scaled' is not allowed"),
+        ({"adapters": part}, r"adapters=LoRARequest\(.*must be a list of LoRARequests"),
+        ({"adapters": ["part"]}, r"adapters=\['part'\] is not allowed"),
         ({"strategy": "mean"}, "strategy='mean' is not allowed"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -132,6 +134,8 @@ def test_what_is_wrong_with_a_request_is_said():
     for fields, message in (
         ({"lora_path": "/x", "merged_adapters": merge}, "or else merged_adapters"),
         ({"lora_path": "/x", "scale": float("nan")}, "scale=nan of adapter 'x' is not allowed"),
+        ({"lora_path": "/x", "scale": "2"}, "scale='2' of adapter 'x' is not allowed"),
+        ({"merged_adapters": [part]}, "merged_adapters=.* must be MergedAdapters, or None"),
     ):
         with pytest.raises(ValueError, match=message):
             LoRARequest("x", **fields)

@@ -214,6 +214,11 @@ def test_cat_beyond_the_largest_rank_is_refused():
     [
         ({"weights": ()}, r"weights=\(\) .*one for each adapter"),
         ({"weights": (1.0, float("nan"))}, r"weights=\(1.0, nan\) .*finite"),
+        ({"weights": 1.0}, r"weights=1\.0 .*finite"),
+        ({"weights": ("1", 1.0)}, r"weights=\('1', 1\.0\) .*finite"),
+        ({"weights": (10**400, 1.0)}, "weights=.*finite"),
+        ({"density": "all"}, "density='all' .*above 0"),
+        ({"seed": 0.5}, "seed=0.5 .*an integer"),
         ({"strategy": "svd"}, "strategy='svd' .*'linear', 'cat', 'ties', 'dare_linear'"),
         ({"density": 0.0}, "density=0.0 .*above 0 and at most 1"),
         ({"density": 1.5}, "density=1.5 .*above 0"),
