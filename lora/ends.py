@@ -111,7 +111,9 @@ def _check_shapes(module: TargetedModule, base: LoRAModule, is_head: bool) -> No
     ]  # fmt: skip
     found = [module.out_features, module.in_features]
     expected = matrix if is_head or module.rank == 0 else matrix[::-1]
-    if found != expected:
+    # Of a model whose vocabulary was cut down to its tokenizer's.
+    is_part = module.rank == 0 and found[1] == matrix[1] and 0 < found[0] < matrix[0]
+    if found != expected and not is_part:
         name = module.tensors.get("replacement", module.tensors.get("B"))
         raise AdapterError(
             f"tensor {name!r} is of a matrix {found}, expected {expected}: {base.name} of the "
@@ -183,7 +185,9 @@ class EndBatch:
                 continue
             ids = token_ids[rows].long()
             if end.b_tile == 0:
-                x[rows] = self._rows(pages, end.a_tile, ids, self._hidden_size)
+                is_own = ids < end.rank
+                own = self._rows(pages, end.a_tile, ids.clamp(max=end.rank - 1), self._hidden_size)
+                x[rows] = torch.where(is_own[:, None], own, x[rows])
             else:
                 a = self._columns(pages, end.a_tile, end.rank, ids)
                 b = self._matrix(pages, end.b_tile, end.rank, self._hidden_size)
@@ -201,7 +205,8 @@ class EndBatch:
     def change_logits(self, y: Tensor, x: Tensor, end: EndTiles, pages: Tensor) -> None:
         """y [rows, vocab_size], of the base model's head, becomes the adapter's own."""
         if end.b_tile == 0:
-            y.copy_(F.linear(x, self._matrix(pages, end.a_tile, end.rank, x.shape[1])))
+            y[:, : end.rank] = F.linear(x, self._matrix(pages, end.a_tile, end.rank, x.shape[1]))
+            y[:, end.rank :] = -torch.inf
             return
         a = self._matrix(pages, end.a_tile, end.rank, x.shape[1]).float()
         b = self._matrix(pages, end.b_tile, end.rank, self._vocab_size).float()

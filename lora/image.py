@@ -9,7 +9,7 @@ their first tile on, zero padded. vector_tile 0: that is all of it. Else two vec
 [out_features] begin there, its gain and its offset (lora/vectors.py), each in whole tiles, zero
 padded. Layers follow one another, as the forward pass goes. Behind them may lie matrices for the
 embedding and the head, where the adapter's traits say: A and B as above, or one in place of the
-base model's, [vocab_size, hidden_size], laid out like an A.
+base model's, [num_tokens, hidden_size], laid out like an A.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Place = tuple[int, int]
 class EndWeights:
     """An adapter's matrices for the embedding or the head, as they are in its file."""
 
-    a: torch.Tensor  # [rank, in_features], or without b the matrix itself, [vocab_size, hidden]
+    a: torch.Tensor  # [rank, in_features], or without b the matrix itself, [num_tokens, hidden]
     b: torch.Tensor | None  # [out_features, rank]
     scaling: float = 1.0
 

@@ -16,7 +16,7 @@ from tiny_model import (
     write_peft_adapter,
     write_tiny_model,
 )
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from loraplex import LoRARequest, SamplingParams
 
@@ -149,6 +149,22 @@ def test_embedding_and_head(is_tied, tmp_path, one_thread):
     with tiny_llm(model_path) as llm:
         check_against_peft(llm, oracle, requests)
         check_against_peft(llm, oracle, {"saved-head": requests["saved-head"]})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_vocabulary_cut_down_to_the_tokenizers(model_path, tmp_path, one_thread):
+    """What training scripts do to a model whose embedding is larger than its tokenizer."""
+    model = LlamaForCausalLM.from_pretrained(model_path)
+    model.resize_token_embeddings(200)
+    model.save_pretrained(tmp_path / "cut")
+    config = {**PLAIN, "modules_to_save": ["embed_tokens", "lm_head"]}
+    cut = write_peft_adapter(tmp_path / "cut", tmp_path / "adapter", **config)
+    oracle = Oracles(model_path, {})
+    oracle.add(tmp_path / "cut", "cut", cut)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(200) for _ in range(n)] for n in (1, 9, 40)]
+    with tiny_llm(model_path) as llm:
+        check_against_peft(llm, oracle, {"cut": LoRARequest("cut", str(cut))}, prompts)
 
 
 def write_fused_twin(model_path: Path, path: Path) -> Path:

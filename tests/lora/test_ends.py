@@ -48,9 +48,9 @@ def random_end(seed: int, rank: int, in_features: int, out_features: int) -> End
     return EndWeights(a, b, scaling=0.25)
 
 
-def random_matrix(seed: int) -> EndWeights:
+def random_matrix(seed: int, num_tokens: int = VOCAB_SIZE) -> EndWeights:
     generator = torch.Generator().manual_seed(seed)
-    return EndWeights(torch.randn(VOCAB_SIZE, HIDDEN, generator=generator), None)
+    return EndWeights(torch.randn(num_tokens, HIDDEN, generator=generator), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,7 +62,7 @@ def test_rows_get_their_own_adapters_embedding_and_head(dtype, tail):
         AdapterWeights({}, {}, dtype, head=random_end(2, 11, HIDDEN, VOCAB_SIZE)),
         AdapterWeights(*q, dtype),
         AdapterWeights(*q, dtype, embedding=random_end(3, 3, VOCAB_SIZE, HIDDEN)),
-        AdapterWeights(*q, dtype, embedding=random_matrix(4), head=random_matrix(5)),
+        AdapterWeights(*q, dtype, embedding=random_matrix(4, 76), head=random_matrix(5, 70)),
     ]
     images = [pack_image(weights, SPEC, page_bytes) for weights in adapters]
     assert [image.traits.has_ends for image in images] == [True, False, True, True]
@@ -79,13 +79,14 @@ def test_rows_get_their_own_adapters_embedding_and_head(dtype, tail):
     traits = [image.traits for image in images]
     batch = EndBatch(pool, dtype, SPEC, indptr, page_tables, traits)
 
-    token_ids = torch.tensor([0, 76, 5, 64, 63, 8, 7, 76, 1, 5, 6], dtype=torch.int32)
+    token_ids = torch.tensor([0, 76, 5, 64, 63, 8, 7, 75, 76, 5, 6], dtype=torch.int32)
     x = F.embedding(token_ids, EMBEDDING.to(dtype))
     expected = x.clone()
     end = adapters[2].embedding
     a, b = end.a.to(dtype).float(), (end.b * end.scaling).to(dtype).float()
     expected[3:6] = (x[3:6].float() + F.embedding(token_ids[3:6], a.T) @ b.T).to(dtype)
-    expected[6:9] = F.embedding(token_ids[6:9], adapters[3].embedding.a.to(dtype))
+    # Token 76 is beyond the adapter's own.
+    expected[6:8] = F.embedding(token_ids[6:8], adapters[3].embedding.a.to(dtype))
     batch.look_up(x, token_ids)
     torch.testing.assert_close(x, expected)
 
@@ -96,7 +97,8 @@ def test_rows_get_their_own_adapters_embedding_and_head(dtype, tail):
     end = adapters[0].head
     a, b = end.a.to(dtype).float(), (end.b * end.scaling).to(dtype).float()
     expected[0] += (hidden[0].float() @ a.T @ b.T).to(dtype)
-    expected[3:5] = F.linear(hidden[3:5], adapters[3].head.a.to(dtype))
+    expected[3:5, :70] = F.linear(hidden[3:5], adapters[3].head.a.to(dtype))
+    expected[3:5, 70:] = -torch.inf
     batch.head_of(rows).add(y, hidden)
     torch.testing.assert_close(y, expected)
     assert batch.head_of(np.array([2, 4, 10])) is None

@@ -75,7 +75,10 @@ class Oracles:
     def __init__(self, model_path: Path, adapters: Mapping[str, Path]) -> None:
         self._of: dict[str | None, Oracle] = {None: Oracle(model_path, {})}
         for name, path in adapters.items():
-            self._of[name] = Oracle(model_path, {name: path})
+            self.add(model_path, name, path)
+
+    def add(self, model_path: Path, name: str, path: Path) -> None:
+        self._of[name] = Oracle(model_path, {name: path})
 
     def score(self, prompt: list[int], output: list[int], adapter: str | None) -> Scored:
         return self._of[adapter].score(prompt, output, adapter)
