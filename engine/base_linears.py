@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 
 import torch
+import torch.nn.functional as F
 
 from loraplex.lora.layers import LinearWithLoRA
 
@@ -14,6 +15,12 @@ Tensor = torch.Tensor
 ROWS = 256
 # How much two roundings of the same matrix, or of its products, may differ: bfloat16 has 0.004.
 TOLERANCE = 0.01
+
+
+def _unit_vectors(size: int) -> Iterator[Tensor]:
+    """The rows of the identity, so many at a time: their products are a weight's columns."""
+    for indices in torch.arange(size).split(ROWS):
+        yield F.one_hot(indices, size).float()
 
 
 def _is_close(left: Tensor, right: Tensor) -> bool:
@@ -53,7 +60,7 @@ class ModelLinears:
         with self._lock:
             known = self._squared_norms.get((layer, module_id))
             if known is None:
-                rows = torch.eye(self._in_features(layer, module_id)).split(ROWS)
+                rows = _unit_vectors(self._in_features(layer, module_id))
                 squares = [self.multiply(layer, module_id, x).square().sum(0) for x in rows]
                 known = self._squared_norms[layer, module_id] = torch.stack(squares).sum(0)
             return known
@@ -70,8 +77,10 @@ class ModelLinears:
         like, hidden_size = self._like, self._like.shape[1]
         zeros = torch.zeros(1, hidden_size, dtype=like.dtype, device=like.device)
         bias = self._head(zeros, None)[:, list(token_ids)].float()
-        eye = torch.eye(hidden_size, dtype=like.dtype, device=like.device)
-        columns = [self._head(x, None)[:, list(token_ids)] for x in eye.split(ROWS)]
+        columns = [
+            self._head(x.to(like.device, like.dtype), None)[:, list(token_ids)]
+            for x in _unit_vectors(hidden_size)
+        ]
         return (torch.cat(columns).float() - bias).T.cpu()
 
     @torch.inference_mode()
