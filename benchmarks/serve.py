@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import uvloop
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         raise ValueError("flags after -- are for a server of its own: leave --url out")
     with ExitStack() as stack:
         if options.url is None:
-            url, vocab_size = stack.enter_context(own_server(options, server_flags))
+            server = stack.enter_context(own_server(options, server_flags))
+            url, vocab_size = server.url, server.vocab_size
         else:
             url, vocab_size = options.url.rstrip("/").removesuffix("/v1"), COMMON_VOCAB_SIZE
         records, seconds = measure(url, options, options.vocab_size or vocab_size)
@@ -221,10 +222,18 @@ def served_models(url: str, options: argparse.Namespace) -> tuple[str, list[str]
     return next(card["id"] for card in cards if not card.get("parent")), adapters[:wanted]
 
 
+class OwnServer(NamedTuple):
+    """A server that was started for the purpose."""
+
+    url: str
+    vocab_size: int
+    process_id: int
+    startup_seconds: float
+
+
 @contextmanager
-def own_server(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """URL and vocabulary size of a `loraplex serve` with new adapters; it has ended when this is
-    left.
+def own_server(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[OwnServer]:
+    """A `loraplex serve` with new adapters, a0, a1, ...; it has ended when this is left.
 
     Its log goes to standard error. Raises RuntimeError if it does not start.
     """
@@ -259,8 +268,9 @@ def own_server(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[tu
         url = f"http://127.0.0.1:{port}"
         began = time.perf_counter()
         wait_until_healthy(url, process)
-        print(f"the server started in {time.perf_counter() - began:.1f} s", flush=True)
-        yield url, read_vocab_size(model)
+        startup_seconds = time.perf_counter() - began
+        print(f"the server started in {startup_seconds:.1f} s", flush=True)
+        yield OwnServer(url, read_vocab_size(model), process.pid, startup_seconds)
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen) -> None:

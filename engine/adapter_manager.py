@@ -38,7 +38,7 @@ class Identity(NamedTuple):
     """What is asked for: equal ones get the same adapter."""
 
     references: tuple[tuple[str, str | None], ...]
-    """Of each part, in its canonical form, and the token if it counts there."""
+    """Of each part, in its canonical form, and a digest of the token if one counts there."""
     merge: Merge | None
 
     @property

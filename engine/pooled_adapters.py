@@ -69,7 +69,7 @@ class PooledAdapters:
         for part in lora_request.parts:
             reference = parse_adapter_reference(part.lora_path)
             token = part.token if reference.source == "hub" else None
-            references.append((str(reference), token))
+            references.append((str(reference), token and _digest(token)))
         return Identity(tuple(references), lora_request.merge)
 
     def fetch(self, lora_request: LoRARequest, refresh: bool = False) -> Future[FetchedParts]:
@@ -141,6 +141,11 @@ class PooledAdapters:
     def close(self) -> None:
         self._fetcher.close()
         self._store.close()
+
+
+def _digest(token: str) -> str:
+    """What stands for a token where it may be seen."""
+    return blake2b(token.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def _shared(part: FetchedAdapter) -> Future[FetchedAdapter]:

@@ -12,6 +12,7 @@ BENCHMARKS = {
     "decode": "The time of a decode step by batch, adapters and rank against its floor.",
     "cold": "What requests to adapters in host memory cost themselves and those that run.",
     "server": "What HTTP costs: streams and cancelled requests without a model behind them.",
+    "many": "Servers with more and more adapters: start-up, throughput and memory.",
     "eviction": "What to evict: policies and fixed splits, on a simulated H100.",
     "loading": "Time and memory of loading a checkpoint, against reading its bytes.",
     "kernels": "The kernels against what this machine's memory and arithmetic allow.",
@@ -30,6 +31,8 @@ examples:
       the whole engine; without flags, the whole grid
   loraplex bench cold --shape llama-3-8b --num-running 64 --num-cold 100 --rate 20
       gaps between tokens and times to first token, adapters cold and warm
+  loraplex bench many --num-adapters 5 20 100 1000 2000
+      a server for each count, under uniform and skewed traffic; its memory, and its start-up
   loraplex bench eviction --workloads chat scan --seeds 1
       the real scheduler and pool on a simulated device; needs neither a GPU nor a model
   loraplex bench server --num-streams 1000
@@ -44,7 +47,12 @@ the versions and the command in them, and a picture if matplotlib is there.
 """
 
 # Where the module has another name than the benchmark.
-MODULES = {"decode": "decode_step", "cold": "cold_adapters", "server": "server_load"}
+MODULES = {
+    "decode": "decode_step",
+    "cold": "cold_adapters",
+    "server": "server_load",
+    "many": "many_adapters",
+}
 
 
 class _Forwarder(argparse.ArgumentParser):

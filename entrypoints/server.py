@@ -16,6 +16,7 @@ import uvloop
 from fastapi import FastAPI
 
 from loraplex.engine.async_engine import AsyncEngine
+from loraplex.engine.request import LoRARequest
 from loraplex.entrypoints.access_log import start_access_log
 from loraplex.entrypoints.api_keys import make_key_ring
 from loraplex.entrypoints.app import ADMIN, EVERYTHING, PUBLIC, build_app
@@ -47,10 +48,7 @@ def run_server(engine: AsyncEngine, config: ServerConfig) -> None:
 
 async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
     # What can be wrong here is told before a model is loaded for minutes.
-    adapters = [
-        adapter_request(name, parse_adapter_reference(path))
-        for name, path in config.adapter_paths()
-    ]
+    adapters = [_parse_module(name, path) for name, path in config.adapter_paths()]
     keys = make_key_ring(config)
     if config.access_log:
         start_access_log()
@@ -96,6 +94,14 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
             await engine.shutdown()
             if provider is not None:
                 await asyncio.to_thread(provider.shutdown)
+
+
+def _parse_module(name: str, path: str) -> LoRARequest:
+    """One of --lora-modules. Raises ValueError."""
+    reference = parse_adapter_reference(path)
+    if reference.source == "hub" and not path.lower().startswith("hub:"):
+        logger.warning("There is no directory %r: adapter %r is %s.", path, name, reference)
+    return adapter_request(name, reference)
 
 
 async def _preload_adapters(

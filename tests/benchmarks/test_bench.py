@@ -38,6 +38,7 @@ finally:
         (["offline"], ["usage: loraplex bench offline", "--num-adapters", "--engine-option"]),
         (["serve"], ["usage: loraplex bench serve [flags] [-- flags", "--slo-ttft", "--cv"]),
         (["decode"], ["usage: loraplex bench decode", "--batch", "--bandwidth"]),
+        (["many"], ["usage: loraplex bench many", "--num-adapters"]),
         (["cold"], ["usage: loraplex bench cold", "--num-running", "--rate"]),
         (["eviction"], ["usage: loraplex bench eviction", "--workloads", "--splits"]),
     ],

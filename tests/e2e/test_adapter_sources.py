@@ -102,7 +102,9 @@ def test_tenants_adapters_of_one_name_never_meet(llm, make, hub, server):
         for error in (xy, x_, yx, y_):
             assert error.status == 404
             assert "hf_" not in str(error)
-    assert "hf_" not in repr(loras)
+    identities = [adapter.identities for adapter in llm._core._adapters]
+    assert len(identities) == 2
+    assert "hf_" not in repr((loras, identities))
 
 
 def test_a_hub_that_is_down_fails_who_needs_it_and_no_others(llm, make, hub, server):
