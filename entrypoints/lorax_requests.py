@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from loraplex.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from loraplex.engine.structured_outputs import StructuredOutputsParams
 
 # How LoRAX itself calls a request without an adapter.
 BASE_MODEL_ID = "__base_model__"
@@ -61,6 +62,21 @@ class MergeParameters(LoraxModel):
         return 1.0 if self.merge_strategy == "linear" else self.density
 
 
+class ResponseFormat(LoraxModel):
+    """What the text must look like; the values are also written as LoRAX's own code names them."""
+
+    type: Literal["text", "json_object", "json_schema", "Text", "JsonObject", "JsonSchema"]
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+    def structured_outputs(self) -> StructuredOutputsParams | None:
+        """Without a schema, any JSON object. Raises ValueError for one that is not allowed."""
+        if self.type in ("text", "Text"):
+            return None
+        if not self.schema_:
+            return StructuredOutputsParams(json_object=True)
+        return StructuredOutputsParams(json=self.schema_)
+
+
 class GenerateParameters(LoraxModel):
     """What a request may ask for; the defaults are LoRAX's."""
 
@@ -87,6 +103,7 @@ class GenerateParameters(LoraxModel):
     decoder_input_details: bool = False
     return_k_alternatives: Annotated[int, Field(ge=1, le=MAX_LOGPROBS)] | None = None
     apply_chat_template: bool = False
+    response_format: ResponseFormat | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
 
     @model_validator(mode="after")
@@ -140,6 +157,7 @@ class GenerateParameters(LoraxModel):
             ignore_eos=self.ignore_eos_token,
             logprobs=(self.return_k_alternatives or 0) if needs_logprobs else None,
             prompt_logprobs=0 if self.decoder_input_details else None,
+            structured_outputs=self.response_format and self.response_format.structured_outputs(),
             # A stream's tokens get their text one by one; the stop strings need all of it.
             detokenize=not stream or bool(self.stop),
         )

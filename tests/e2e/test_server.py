@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -127,6 +128,11 @@ def test_lorax_answers_what_completions_answer(server):
         texts = [event.token.text for event in events if not event.token.special]
         assert "".join(texts) == whole.generated_text
         assert [t.id for t in whole.details.tokens] == [event.token.id for event in events]
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"],
+              "additionalProperties": False}  # fmt: skip
+    response_format = {"type": "json_object", "schema": schema}
+    answer = client.generate(prompt, response_format=response_format, max_new_tokens=30)
+    assert json.loads(answer.generated_text) in ({"n": 1}, {"n": 2})
 
 
 def test_chat_and_models(server):

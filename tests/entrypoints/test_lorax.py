@@ -12,7 +12,11 @@ import httpx
 import lorax
 import pytest
 from lorax import errors
+from pydantic import ValidationError
 from server_process import running_server
+
+from loraplex.engine.structured_outputs import StructuredOutputsParams
+from loraplex.entrypoints.lorax_requests import GenerateParameters
 
 
 @pytest.fixture
@@ -277,6 +281,21 @@ def test_the_stream_s_bytes(server):
         "seed": None,
         "skipped_tokens": 0,
     }
+
+
+def test_the_response_format_is_what_the_engine_is_asked_for():
+    def asked(**response_format) -> StructuredOutputsParams | None:
+        parameters = GenerateParameters(response_format=response_format)
+        return parameters.sampling_params(stream=False).structured_outputs
+
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}}
+    for name in ("json_object", "json_schema", "JsonObject"):
+        assert asked(type=name, schema=schema) == StructuredOutputsParams(json=schema)
+        assert asked(type=name) == StructuredOutputsParams(json_object=True)
+    assert asked(type="text") is None
+    for wrong in ({"type": "xml"}, {"type": "json_object", "schema": 1}, {"schema": schema}):
+        with pytest.raises(ValidationError):
+            asked(**wrong)
 
 
 def test_both_forms_of_the_compatible_route(server):
