@@ -77,15 +77,21 @@ class Visit:
                 self.caller.check_adapter(name)
             self._adapters.add(name)
 
-    def count(self, output: RequestOutput) -> None:
-        """A generation ended with this output."""
-        num_prompt = len(output.prompt_token_ids)
-        num_output = sum(len(completion.token_ids) for completion in output.outputs)
+    def count_prompt(self, num_tokens: int) -> None:
+        """A generation begins."""
+        self._num_prompt_tokens += num_tokens
+        self._spend(num_tokens)
+
+    def count_output(self, output: RequestOutput) -> None:
+        """A generation ended with this."""
         self.times = self.times or output.metrics
-        self._num_prompt_tokens += num_prompt
-        self._num_output_tokens += num_output
+        num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+        self._num_output_tokens += num_tokens
+        self._spend(num_tokens)
+
+    def _spend(self, num_tokens: int) -> None:
         if self.caller is not None:
-            self.caller.spend_tokens(num_prompt + num_output)
+            self.caller.spend_tokens(num_tokens)
 
     def entry(self) -> dict[str, Any]:
         """What there is to tell of it in the end."""
@@ -104,6 +110,12 @@ class Visit:
             "prompt_tokens": self._num_prompt_tokens,
             "output_tokens": self._num_output_tokens,
         }
+
+
+def may_see(adapter: str) -> bool:
+    """Whether the caller of the request that is being answered may know of this adapter."""
+    visit = current_visit.get()
+    return visit is None or visit.caller is None or visit.caller.key.may_use(adapter)
 
 
 current_visit: ContextVar[Visit | None] = ContextVar("current_visit", default=None)

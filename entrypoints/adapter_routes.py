@@ -10,6 +10,7 @@ from fastapi.responses import PlainTextResponse
 
 from loraplex.engine.core_client import EngineDeadError
 from loraplex.engine.request import LoRARequest
+from loraplex.entrypoints.access_log import may_see
 from loraplex.entrypoints.adapter_places import AdapterPlaces
 from loraplex.entrypoints.errors import ApiError
 from loraplex.entrypoints.model_registry import adapter_request
@@ -118,7 +119,7 @@ async def list_adapters(request: Request) -> Response:
     for state in await serving.engine.adapters():
         states |= dict.fromkeys(state["references"], state)
     adapters = []
-    for adapter in serving.models.adapters():
+    for adapter in filter(lambda a: may_see(a.lora_name), serving.models.adapters()):
         state = states.get(str(parse_adapter_reference(adapter.lora_path)), {})
         names = {"lora_name": adapter.lora_name, "lora_path": adapter.lora_path}
         adapters.append({**state, **names})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 import loraplex
+from loraplex.entrypoints.access_log import may_see
 from loraplex.entrypoints.errors import ApiError
 from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import json_response
@@ -14,16 +15,20 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """The base model and the adapters."""
+    """The base model and the adapters that the caller may use."""
     serving: Serving = request.app.state.serving
-    return json_response({"object": "list", "data": serving.models.cards()})
+    cards = [c for c in serving.models.cards() if c["parent"] is None or may_see(c["id"])]
+    return json_response({"object": "list", "data": cards})
 
 
 @router.get("/v1/models/{name:path}")
 async def show_model(name: str, request: Request) -> Response:
     """One of the models."""
     serving: Serving = request.app.state.serving
-    return json_response(serving.models.card(name))
+    card = serving.models.card(name)
+    if card["parent"] is not None and not may_see(name):
+        raise serving.models.not_found(name)
+    return json_response(card)
 
 
 @router.get("/live")

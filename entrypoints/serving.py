@@ -120,6 +120,7 @@ class Serving:
             # Merged ones each.
             parts = () if lora_request is None else lora_request.parts
             visit.admit_adapters(part.lora_name for part in parts)
+            visit.count_prompt(len(prompt_token_ids))
             if visit.caller is not None:
                 service = structs.replace(service, tenant=visit.caller.key.name)
         self.metrics.request_started(adapter)
@@ -144,5 +145,5 @@ class Serving:
             raise
         finally:
             if visit is not None and output is not None:
-                visit.count(output)
+                visit.count_output(output)
         self.metrics.request_ended(output)

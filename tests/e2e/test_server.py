@@ -117,10 +117,10 @@ def test_concurrent_streams_equal_offline_and_cancelled_ones_leave_nothing(
 
 def test_lorax_answers_what_completions_answer(server):
     prompt = "The quick brown fox"
-    client = lorax.Client(server, timeout=60)
+    client = lorax.Client(server, timeout=300)
     for adapter in ("a0", None):
         body = {"model": adapter or MODEL, "prompt": prompt, "max_tokens": 12, "temperature": 0}
-        completion = httpx.post(f"{server}/v1/completions", json=body, timeout=60).json()
+        completion = httpx.post(f"{server}/v1/completions", json=body, timeout=300).json()
         whole = client.generate(prompt, adapter_id=adapter, max_new_tokens=12)
         assert whole.generated_text == completion["choices"][0]["text"]
         events = list(client.generate_stream(prompt, adapter_id=adapter, max_new_tokens=12))

@@ -97,6 +97,14 @@ def test_a_key_is_for_its_adapters(guarded):
     server, _ = guarded
     assert complete(server, "narrow-key", model="sql").status_code == 200
     assert complete(server, "sesame", model="poet").status_code == 200
+    headers = {"authorization": "Bearer narrow-key"}
+    cards = httpx.get(f"{server.url}/v1/models", headers=headers).json()["data"]
+    assert [card["id"] for card in cards] == ["fake", "sql"]
+    for name, status in (("fake", 200), ("sql", 200), ("poet", 404)):
+        url = f"{server.url}/v1/models/{name}"
+        assert httpx.get(url, headers=headers).status_code == status
+    adapters = httpx.get(f"{server.url}/v1/lora_adapters", headers=headers).json()["data"]
+    assert [adapter["lora_name"] for adapter in adapters] == ["sql"]
     for stream in (False, True):
         response = complete(server, "narrow-key", model="poet", stream=stream)
         assert response.status_code == 403
