@@ -24,6 +24,7 @@ from loraplex.engine.model_runner import (
     DeviceBatch,
     end_batch,
     make_kv_caches,
+    pool,
     score_prompt,
     with_vectors,
     wrap_linears,
@@ -76,11 +77,13 @@ class PendingGpuStep:
     done: torch.cuda.Event
     logprobs: list[TokenLogprobs | None] | None
     prompt_logprobs: list[list[TokenLogprobs]]
+    pooled: list[Tensor]
 
     def result(self) -> StepResult:
         """Wait for the step's tokens."""
         self.done.synchronize()
-        return StepResult(self.token_ids.tolist(), self.logprobs, self.prompt_logprobs)
+        pooled = [hidden_sum.cpu().numpy() for hidden_sum in self.pooled]
+        return StepResult(self.token_ids.tolist(), self.logprobs, self.prompt_logprobs, pooled)
 
 
 class GpuModelRunner:
@@ -218,7 +221,8 @@ class GpuModelRunner:
         ]
         rows = self._inputs.device["logits_rows"][: len(batch.logits_rows)]
         head = None if ends is None else ends.head_of(batch.logits_rows)
-        return self._sample(batch, self._model.logits(hidden[rows], head), prompt_logprobs)
+        logits = self._model.logits(hidden[rows], head)
+        return self._sample(batch, logits, prompt_logprobs, pool(batch, hidden))
 
     def _replay(self, bucket: int, module_mask: int) -> Tensor:
         """Hidden states of a padded step, by its graph."""
@@ -310,7 +314,11 @@ class GpuModelRunner:
         )
 
     def _sample(
-        self, batch: StepBatch, logits: Tensor, prompt_logprobs: list[list[TokenLogprobs]]
+        self,
+        batch: StepBatch,
+        logits: Tensor,
+        prompt_logprobs: list[list[TokenLogprobs]],
+        pooled: list[Tensor],
     ) -> PendingGpuStep:
         """Choose tokens, keep them for later steps, and send them to the host."""
         sampling, logprobs = batch.sampling, None
@@ -330,4 +338,4 @@ class GpuModelRunner:
         token_ids.copy_(chosen, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return PendingGpuStep(token_ids, done, logprobs, prompt_logprobs)
+        return PendingGpuStep(token_ids, done, logprobs, prompt_logprobs, pooled)

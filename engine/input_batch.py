@@ -15,7 +15,7 @@ import numpy as np
 from loraplex.engine.adapter_manager import Adapter
 from loraplex.engine.request import Request
 from loraplex.engine.sampling_state import SamplingState
-from loraplex.engine.step import Int32Array, PromptLogprobsSpan, StepBatch, StepPlan
+from loraplex.engine.step import Int32Array, PoolingSpan, PromptLogprobsSpan, StepBatch, StepPlan
 
 # Requests without an adapter sort behind all others.
 BASE_SORT_KEY = np.iinfo(np.int64).max
@@ -102,6 +102,7 @@ class InputBatch:
             logits_rows=cu_seqlens_q[1:][sampled].astype(np.int64) - 1,
             sampling=sampling,
             prompt_logprobs=_prompt_logprobs_spans(requests, num_new_tokens, cu_seqlens_q),
+            pooling=_pooling_spans(requests, num_new_tokens, cu_seqlens_q),
         )
 
     def append_tokens(self, batch: StepBatch, token_ids: list[int]) -> None:
@@ -205,4 +206,19 @@ def _prompt_logprobs_spans(
                     num_logprobs=num_logprobs,
                 )
             )
+    return spans
+
+
+def _pooling_spans(
+    requests: list[Request], num_new_tokens: Int32Array, cu_seqlens_q: Int32Array
+) -> list[PoolingSpan]:
+    spans = []
+    for index, request in enumerate(requests):
+        if request.pooled is None:
+            continue
+        num_computed = request.num_computed_tokens - int(num_new_tokens[index])
+        start, end = request.pooled.plan(num_computed, request.num_computed_tokens)
+        if start < end:
+            row = int(cu_seqlens_q[index]) + start - num_computed
+            spans.append(PoolingSpan(request, row, end - start))
     return spans

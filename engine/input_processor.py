@@ -47,6 +47,8 @@ class InputProcessor:
         own = [] if tokenizer is None else tokenizer.eos_token_ids
         eos_token_ids = sorted({*self._model_info.eos_token_ids, *own})
         max_tokens = self._max_tokens(len(prompt_token_ids), sampling_params)
+        if sampling_params.pooling is not None:
+            max_tokens = 1  # It comes with the prompt, and is nobody's.
         seed = self._seeds.getrandbits(64) if sampling_params.seed is None else sampling_params.seed
         num = sampling_params.n
         return [

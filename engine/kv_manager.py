@@ -48,7 +48,8 @@ class KVManager:
 
     def find_prefix(self, request: Request) -> list[int]:
         """Pages of the longest computed prefix; one token at least stays to be computed."""
-        if not self.enable_prefix_caching or request.wants_prompt_logprobs:
+        needs_all = request.wants_prompt_logprobs or request.wire.sampling_params.pooling == "mean"
+        if not self.enable_prefix_caching or needs_all:
             return []
         pages = []
         for block_hash in self._hashes(request, (request.num_tokens - 1) // self.block_size):

@@ -20,7 +20,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
 from loraplex.engine.input_processor import InputProcessor, Prompt, prompt_text
 from loraplex.engine.output_processor import OutputProcessor
-from loraplex.engine.outputs import RequestOutput
+from loraplex.engine.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from loraplex.engine.request import (
     EngineOutput,
     EngineRequest,
@@ -152,6 +152,25 @@ class LLM:
             text = tokenizer.decode(token_ids, skip_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, lora_request, use_tqdm, return_errors)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        use_tqdm: bool = True,
+        pooling: str = "last",
+    ) -> list[EmbeddingRequestOutput]:
+        """The prompts' embeddings, for each adapter its own; see SamplingParams.pooling."""
+        params = SamplingParams(pooling=pooling, temperature=0, detokenize=False)
+        return [
+            EmbeddingRequestOutput(
+                output.request_id,
+                output.prompt,
+                output.prompt_token_ids,
+                EmbeddingOutput(output.embedding or []),
+            )
+            for output in self.generate(prompts, params, lora_request, use_tqdm)
+        ]
 
     def stats(self) -> dict[str, Any]:
         """Page counts by state, numbers of requests, and counters since the start."""

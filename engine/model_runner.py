@@ -85,13 +85,14 @@ class ModelRunner:
         prompt_logprobs = [
             score_prompt(self._model, span, hidden, ends) for span in batch.prompt_logprobs
         ]
+        pooled = [hidden_sum.numpy() for hidden_sum in pool(batch, hidden)]
         if len(batch.sampled) == 0:
-            return FinishedStep(StepResult([], None, prompt_logprobs))
+            return FinishedStep(StepResult([], None, prompt_logprobs, pooled))
         head = None if ends is None else ends.head_of(batch.logits_rows)
         logits = self._model.logits(hidden[torch.from_numpy(batch.logits_rows)], head)
         sampled = sampler.sample(logits, batch.sampling)
         return FinishedStep(
-            StepResult(sampled.token_ids.tolist(), sampled.logprobs, prompt_logprobs)
+            StepResult(sampled.token_ids.tolist(), sampled.logprobs, prompt_logprobs, pooled)
         )
 
     def _lora_batch(self, batch: StepBatch) -> LoRABatch | None:
@@ -116,6 +117,14 @@ def make_kv_caches(
     """K and V of each layer as views of the pool, uint8 [num_pages, page_bytes]."""
     kv = pool_memory.view(kv_dtype).view(-1, *kv_block_shape(hf_config, block_size))
     return [(kv[:, layer, 0], kv[:, layer, 1]) for layer in range(kv.shape[1])]
+
+
+def pool(batch: StepBatch, hidden: torch.Tensor) -> list[torch.Tensor]:
+    """The sum of each pooling span's rows of hidden [num_tokens, hidden_size], in float32."""
+    return [
+        hidden[span.first_row : span.first_row + span.num_rows].sum(0, dtype=torch.float32)
+        for span in batch.pooling
+    ]
 
 
 def score_prompt(

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from loraplex.engine.detokenizer import Detokenizer
 from loraplex.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from loraplex.engine.request import (
@@ -153,6 +155,8 @@ class OutputProcessor:
         if output.prompt_logprobs is not None and result.index == 0:
             entries = (self._logprobs(completion.request, e) for e in output.prompt_logprobs)
             total.prompt_logprobs = [None, *entries]
+        if output.embedding is not None:
+            total.embedding = _unit_length(output.embedding)
         if output.error is not None and total.error is None:
             total.error = RequestError(output.error, output.error_status, output.retry_after)
 
@@ -245,6 +249,11 @@ class OutputProcessor:
         if text is None:
             text = texts[token_id] = tokenizer.decode([token_id], skip_special_tokens=False)
         return text
+
+
+def _unit_length(embedding: bytes) -> list[float]:
+    vector = np.frombuffer(embedding, np.float32)
+    return (vector / max(float(np.linalg.norm(vector)), 1e-12)).tolist()
 
 
 def _copy(completion: CompletionOutput) -> CompletionOutput:

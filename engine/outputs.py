@@ -32,6 +32,23 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class EmbeddingOutput:
+    embedding: list[float]
+    """Of length 1."""
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """A prompt and its embedding."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    finished: bool = True
+
+
+@dataclass(slots=True)
 class RequestMetrics:
     """When things happened, in seconds of time.monotonic(); 0.0 for what has not happened."""
 
@@ -73,3 +90,5 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: Exception | None = None
+    embedding: list[float] | None = None
+    """Of a request with pooling."""

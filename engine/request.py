@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from loraplex.engine.pooling import PooledPrompt
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.lora.recipe import Merge, is_finite_number
 
@@ -208,6 +209,8 @@ class EngineOutput(msgspec.Struct, kw_only=True):
     """One entry for each of new_token_ids, where the request asked for logprobs."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """For prompt tokens 1..end (the first has none), in the output in which prefill ended."""
+    embedding: bytes | None = None
+    """Of a request with pooling, in the same output: float32 [hidden_size]."""
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     num_cached_tokens: int = 0
@@ -268,6 +271,7 @@ class Request:
         "num_prompt_tokens",
         "num_scored_tokens",
         "num_tokens",
+        "pooled",
         "prompt_logprobs",
         "slot",
         "status",
@@ -299,6 +303,8 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs] = []
         # Prompt tokens that launched steps score: prompt_logprobs has them or will have.
         self.num_scored_tokens = 0
+        pooling = params.pooling
+        self.pooled = None if pooling is None else PooledPrompt(pooling, self.num_prompt_tokens)
         self.stop_token_ids = frozenset(params.stop_token_ids)
         # The KV manager's: the pages of its tokens, and the keys of its full blocks.
         self.block_table: list[int] = []
@@ -380,6 +386,13 @@ class Request:
             return FinishReason.LENGTH, None
         return None, None
 
+    def forget_pending(self) -> None:
+        """The steps in flight come to nothing."""
+        self.num_tokens = len(self.all_token_ids)
+        self.num_scored_tokens = len(self.prompt_logprobs)
+        if self.pooled is not None:
+            self.pooled.forget_pending()
+
     def make_output(self, finish_reason: FinishReason | None) -> EngineOutput:
         """An output without tokens; the first ones say what is known since the start."""
         output = EngineOutput(
@@ -391,6 +404,8 @@ class Request:
             output.adapter_wait = self.adapter_wait
             if self.wants_prompt_logprobs:
                 output.prompt_logprobs = self.prompt_logprobs
+            if self.pooled is not None:
+                output.embedding = self.pooled.embedding()
         return output
 
     def make_error_output(self, error: ValueError) -> EngineOutput:

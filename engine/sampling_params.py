@@ -53,6 +53,9 @@ class SamplingParams:
     """Report the log-probabilities of this many most likely tokens, and of the chosen one."""
     prompt_logprobs: int | None = None
     """The same for every prompt token."""
+    pooling: str | None = None
+    """Generate nothing and give the prompt's embedding: "last" is its last token's hidden state,
+    "mean" the mean of all, scaled to length 1."""
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Add to the logits of these token ids, each in [-100, 100]."""
     structured_outputs: StructuredOutputsParams | None = None
@@ -75,6 +78,9 @@ class SamplingParams:
         self._check_ranges()
         if self.structured_outputs is not None:
             self._check_structured_outputs()
+        if self.pooling is not None:
+            _check("pooling", self.pooling, self.pooling in ("last", "mean"), "'last' or 'mean'")
+            _check("n", self.n, self.n == 1, "1 with pooling")
 
     def _check_types(self) -> None:
         for name in ("n", "top_k", "min_tokens"):

@@ -362,8 +362,7 @@ class Scheduler:
         for request in self._running[::-1]:
             self._preempt(request)
         for request in requests:
-            request.num_tokens = len(request.all_token_ids)
-            request.num_scored_tokens = len(request.prompt_logprobs)
+            request.forget_pending()
         self._kv.forget_prefixes()
 
     def refuse(self, request: Request, error: Exception) -> None:
@@ -381,8 +380,7 @@ class Scheduler:
         was preempted."""
         for request in batch.requests:
             self._kv.key_computed_blocks(request)
-        for span, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
-            span.request.prompt_logprobs.extend(logprobs)
+        batch.give_prompt_results(result)
         num_outputs = len(self._outputs)
         logprobs_of = result.logprobs or [None] * len(result.token_ids)
         for index, token_id, token_logprobs in zip(

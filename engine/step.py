@@ -41,6 +41,15 @@ class PromptLogprobsSpan:
 
 
 @dataclass(slots=True)
+class PoolingSpan:
+    """Rows whose hidden states are wanted, added up."""
+
+    request: Request
+    first_row: int
+    num_rows: int
+
+
+@dataclass(slots=True)
 class StepBatch:
     """A step as arrays. Requests are ordered by adapter, base model last.
 
@@ -80,6 +89,15 @@ class StepBatch:
     logits_rows: Int64Array  # [L]
     sampling: SamplingBatch
     prompt_logprobs: list[PromptLogprobsSpan]
+    pooling: list[PoolingSpan]
+
+    def give_prompt_results(self, result: StepResult) -> None:
+        """Pass on to the requests what the step says of their prompts."""
+        for scored, logprobs in zip(self.prompt_logprobs, result.prompt_logprobs, strict=True):
+            scored.request.prompt_logprobs.extend(logprobs)
+        for span, pooled in zip(self.pooling, result.pooled, strict=True):
+            assert span.request.pooled is not None
+            span.request.pooled.add(pooled, span.num_rows)
 
 
 @dataclass(slots=True)
@@ -92,6 +110,8 @@ class StepResult:
     """One for each of StepBatch.sampled; None if nobody asked."""
     prompt_logprobs: list[list[TokenLogprobs]]
     """One for each of StepBatch.prompt_logprobs."""
+    pooled: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    """[hidden_size], one for each of StepBatch.pooling."""
 
 
 class PendingStep(Protocol):

@@ -18,6 +18,8 @@ from loraplex.entrypoints import (
     lorax_routes,
     openai_chat,
     openai_completions,
+    openai_embeddings,
+    openai_tokenize,
     operator_routes,
 )
 from loraplex.entrypoints.adapter_places import AdapterPlaces
@@ -29,7 +31,14 @@ from loraplex.entrypoints.serving import Serving
 from loraplex.entrypoints.streaming import json_error
 from loraplex.entrypoints.tracing import Tracer
 
-PUBLIC = (openai_completions, openai_chat, lorax_routes, operator_routes)
+PUBLIC = (
+    openai_completions,
+    openai_chat,
+    openai_embeddings,
+    openai_tokenize,
+    lorax_routes,
+    operator_routes,
+)
 # These may have a port of their own.
 ADMIN = (admin_routes, adapter_routes, operator_routes)
 EVERYTHING = (*PUBLIC, admin_routes, adapter_routes)

@@ -44,7 +44,6 @@ async def generate_stream(body: GenerateRequest, request: Request) -> Response:
     return await _generate(body, request, stream=True)
 
 
-@router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The tokens of a text, and where they are in it."""
     serving: Serving = request.app.state.serving
@@ -88,7 +87,8 @@ async def classify(body: ClassifyRequest) -> Response:
     )  # fmt: skip
 
 
-PATHS = frozenset(route.path for route in router.routes)
+# Of /tokenize, openai_tokenize has the route.
+PATHS = frozenset({"/tokenize", *(route.path for route in router.routes)})
 
 
 async def _generate(

@@ -199,3 +199,21 @@ def test_the_best_of_several(client):
     assert [c.text for c in best.choices] == [c.text for c in ranked[:2]]
     assert [c.index for c in best.choices] == [0, 1]
     assert best.usage.completion_tokens == several.usage.completion_tokens
+
+
+def test_embeddings_in_every_form(client):
+    texts = ["A cat sat.", "The stock market fell."]
+    for pooling in ("last", "mean"):
+        options = {"model": "agent", "extra_body": {"pooling": pooling}}
+        binary = client.embeddings.create(input=texts, **options)
+        plain = client.embeddings.create(input=texts, encoding_format="float", **options)
+        assert [d.index for d in plain.data] == [0, 1]
+        for one, other in zip(binary.data, plain.data, strict=True):
+            assert one.embedding == pytest.approx(other.embedding, abs=1e-6)
+            assert sum(x * x for x in one.embedding) == pytest.approx(1, abs=1e-5)
+        assert plain.usage.prompt_tokens == plain.usage.total_tokens > 8
+    base = client.embeddings.create(model=MODEL, input=texts[0])
+    adapted = client.embeddings.create(model="agent", input=texts[0])
+    assert base.data[0].embedding != adapted.data[0].embedding
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        client.embeddings.create(model=MODEL, input="a", dimensions=3)

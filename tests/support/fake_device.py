@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from loraplex.engine.adapter_manager import Identity
 from loraplex.engine.config import EngineConfig
@@ -34,7 +35,7 @@ from loraplex.engine.sampling_state import (
     generator_state,
     uniform,
 )
-from loraplex.engine.step import PromptLogprobsSpan, StepBatch, StepResult
+from loraplex.engine.step import PoolingSpan, PromptLogprobsSpan, StepBatch, StepResult
 from loraplex.lora.spec import AdapterChanged, AdapterError, AdapterTraits
 
 VOCAB_SIZE = 1000
@@ -275,7 +276,9 @@ class FakeRunner:
         self.last_token.update(zip(batch.sampled_slots.tolist(), tokens, strict=True))
         wanted = batch.sampling.num_logprobs.tolist()
         logprobs = [_logprobs(t, n) for t, n in zip(tokens, wanted, strict=True)]
-        return StepResult(tokens, logprobs, [self._score(span) for span in batch.prompt_logprobs])
+        scores = [self._score(span) for span in batch.prompt_logprobs]
+        pooled = [self._pool(span, token_ids) for span in batch.pooling]
+        return StepResult(tokens, logprobs, scores, pooled)
 
     def _sample(self, batch: StepBatch, index: int, adapters: list[str]) -> int:
         sampling, adjustments, forbidden = batch.sampling, batch.sampling.adjustments, list[int]()
@@ -293,6 +296,11 @@ class FakeRunner:
     def _score(self, span: PromptLogprobsSpan) -> list[TokenLogprobs]:
         scores = [_logprobs(t, span.num_logprobs) for t in span.target_ids.tolist()]
         return [score for score in scores if score is not None]
+
+    def _pool(self, span: PoolingSpan, token_ids: list[int]) -> npt.NDArray[np.float32]:
+        """A token's hidden state is (its id, 1)."""
+        rows = token_ids[span.first_row : span.first_row + span.num_rows]
+        return np.array([sum(rows), len(rows)], np.float32)
 
     def _adapter_of_rows(self, batch: StepBatch) -> list[str]:
         adapters = [""] * len(batch.token_ids)

@@ -88,6 +88,16 @@ class Oracle:
             logprobs=logprobs[torch.arange(len(output)), torch.tensor(output)].tolist(),
         )
 
+    @torch.inference_mode()
+    def embed(self, prompt: list[int], adapter: str | None, pooling: str) -> torch.Tensor:
+        """The prompt's embedding, [hidden_size]: of the last layer's normalised output."""
+        with self._adapter(adapter):
+            hidden = self.model(
+                torch.tensor([prompt], device=self.model.device), output_hidden_states=True
+            ).hidden_states[-1][0]
+        pooled = hidden[-1] if pooling == "last" else hidden.mean(0)
+        return (pooled / pooled.norm()).float().cpu()
+
     def assert_equals(
         self, adapters: list[str | None], outputs: list[RequestOutput], tolerance: float = 1e-3
     ) -> None:
