@@ -45,7 +45,9 @@ from loraplex.benchmarks.kernel_cases import (
 from loraplex.benchmarks.plots import plot_shares
 from loraplex.benchmarks.results import write_result
 from loraplex.benchmarks.roofline import adapter_counts
-from loraplex.lora.plan import MAX_RANK, SPLITS, plan_items
+from loraplex.engine.models.streamed_linear import streamed_linear
+from loraplex.lora.layers import CudaScratch
+from loraplex.lora.plan import MAX_RANK, plan_items
 
 NOMINAL = {
     "NVIDIA H100 80GB HBM3": (3.35e12, 989e12),
@@ -101,8 +103,8 @@ class LoraCase:
         memory = bench.memory
         memory.used = 0
         page_bytes = grid.shape.page_bytes(DTYPE.itemsize)
-        # A share of the memory is for activations.
-        most_pages = memory.free_bytes * 7 // 8 // page_bytes // num_adapters
+        # A share of the memory is for the base products' weights and for activations.
+        most_pages = memory.free_bytes * 3 // 4 // page_bytes // num_adapters
         num_layers = grid.shape.num_layers
         while True:
             self.spec = grid.shape.spec(num_layers)
@@ -110,8 +112,7 @@ class LoraCase:
             if layout.num_pages <= most_pages or num_layers == 1:
                 break
             num_layers //= 2
-        smallest = min(sum(self.bytes_of(m, is_shrink)) for m in GROUPS.values()
-                       for is_shrink in (True, False))  # fmt: skip
+        smallest = min(self.bytes_of(modules) for modules in GROUPS.values())
         wanted_sets = -(-grid.num_calls(smallest) // num_layers)
         self.num_sets = max(1, min(wanted_sets, most_pages // layout.num_pages))
         num_images = self.num_sets * num_adapters
@@ -123,41 +124,50 @@ class LoraCase:
         num_pages = np.full(num_adapters, layout.num_pages)
         plans = [plan_items(indptr, table.numpy(), num_pages) for table in tables]
         self.items = torch.from_numpy(plans[0][0]).to(bench.device)
+        self.scratch = CudaScratch.on(bench.device)
         self.num_items = torch.tensor([len(self.items)], dtype=torch.int32, device=bench.device)
         self.pages = [torch.from_numpy(pages).to(bench.device) for _, pages in plans]
         self.used = memory.used
 
-    def bytes_of(self, modules: list[int], is_shrink: bool) -> tuple[int, int]:
-        """(weights, activations) of a call."""
+    def bytes_of(self, modules: list[int]) -> int:
+        """That a call cannot do without: the weights, the adapters, x and y."""
         inputs, offsets = group_widths(self.spec, modules)
-        ranks = self.num_adapters * self.rank * DTYPE.itemsize
-        if is_shrink:
-            return ranks * inputs * len(modules), self.rows * inputs * DTYPE.itemsize
-        # y is read and written.
-        return ranks * offsets[-1], 2 * self.rows * offsets[-1] * DTYPE.itemsize
+        outputs, ranks = offsets[-1], self.num_adapters * self.rank
+        elements = inputs * outputs + ranks * (inputs * len(modules) + outputs)
+        return DTYPE.itemsize * (elements + self.rows * (inputs + outputs))
 
-    def calls(self, modules: list[int], is_shrink: bool) -> list[Call]:
-        """On activations that the next calls may take over."""
+    def flops_of(self, modules: list[int]) -> float:
+        inputs, offsets = group_widths(self.spec, modules)
+        outputs = offsets[-1]
+        of_adapters = self.rank * (inputs * len(modules) + outputs)
+        return 2 * self.rows * (inputs * outputs + of_adapters)
+
+    def calls(self, modules: list[int]) -> list[Call]:
+        """The base product with the adapters', on memory that the next calls may take over."""
         self.bench.memory.used = self.used
         bench, num_layers = self.bench, self.spec.num_layers
         inputs, offsets = group_widths(self.spec, modules)
-        num_calls = self.grid.num_calls(sum(self.bytes_of(modules, is_shrink)))
+        num_calls = self.grid.num_calls(self.bytes_of(modules))
         num_calls = min(num_calls, self.num_sets * num_layers)
-        width = inputs if is_shrink else offsets[-1]
+        weights = bench.memory.take(num_calls, offsets[-1], inputs)
+        activations = bench.memory.take(num_calls, self.rows, inputs)
         # The scratch is the same for all layers of a step, too.
-        v = torch.randn(self.rows, len(modules), SPLITS * MAX_RANK, device=bench.device)
-        calls: list[Call] = []
-        for index, activations in enumerate(bench.memory.take(num_calls, self.rows, width)):
-            adapters, layer = divmod(index, num_layers)
+        v = torch.randn(self.rows, len(modules), MAX_RANK, device=bench.device)
+        scratch = self.scratch.partials, self.scratch.counters
+
+        def call(weight: torch.Tensor, x: torch.Tensor, adapters: int, layer: int) -> None:
+            y = (streamed_linear(weight) or F.linear)(x, weight, None)
             plan = (
                 self.pool, self.items, self.num_items, self.pages[adapters], layer, modules,
                 self.spec.num_modules,
             )  # fmt: skip
-            if is_shrink:
-                calls.append(partial(native.cuda_lora_shrink, v, activations, *plan))
-            else:
-                calls.append(partial(native.cuda_lora_expand, activations, v, *plan, offsets))
-        return calls
+            native.cuda_lora_shrink(v, x, *scratch, *plan)
+            native.cuda_lora_expand(y, v, *plan, offsets)
+
+        return [
+            partial(call, weight, x, *divmod(index, num_layers))
+            for index, (weight, x) in enumerate(zip(weights, activations, strict=True))
+        ]
 
 
 def bench_lora(bench: GpuBench, grid: Grid) -> Iterator[None]:
@@ -166,15 +176,11 @@ def bench_lora(bench: GpuBench, grid: Grid) -> Iterator[None]:
         label = f"B{rows} A{num_adapters} r{rank}"
         totals = np.zeros(3)
         for name, modules in GROUPS.items():
-            inputs, offsets = group_widths(case.spec, modules)
-            for is_shrink in (True, False):
-                width = inputs * len(modules) if is_shrink else offsets[-1]
-                needs = sum(case.bytes_of(modules, is_shrink)), 2 * rows * rank * width
-                seconds = bench.seconds(case.calls(modules, is_shrink))
-                kind = "shrink" if is_shrink else "expand"
-                bench.table.add(f"{kind} {name}: {label}", seconds, *needs)
-                totals += seconds, *needs
-        bench.table.add(f"layer: {label}", *totals.tolist())
+            needs = case.bytes_of(modules), case.flops_of(modules)
+            seconds = bench.seconds(case.calls(modules))
+            bench.table.add(f"lora {name}: {label}", seconds, *needs)
+            totals += seconds, *needs
+        bench.table.add(f"lora layer: {label}", *totals.tolist())
         yield
 
 
@@ -214,7 +220,7 @@ def bench_attention(bench: GpuBench, grid: Grid) -> Iterator[None]:
 
 
 def bench_linears(bench: GpuBench, grid: Grid) -> Iterator[None]:
-    """The base model's, by torch, for comparison."""
+    """The base model's, as the engine multiplies."""
     memory = bench.memory
     spec = grid.shape.spec(1)
     widths = {name: group_widths(spec, modules) for name, modules in GROUPS.items()}
@@ -231,7 +237,10 @@ def bench_linears(bench: GpuBench, grid: Grid) -> Iterator[None]:
             activations = memory.take(num_calls, rows, inputs)
             bench.add(
                 f"linears: {name}, {rows} rows",
-                [partial(F.linear, x, w) for x, w in zip(activations, weights, strict=True)],
+                [
+                    partial(streamed_linear(w) or F.linear, x, w, None)
+                    for x, w in zip(activations, weights, strict=True)
+                ],
                 elements * DTYPE.itemsize,
                 2 * rows * inputs * outputs,
             )

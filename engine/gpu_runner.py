@@ -34,8 +34,8 @@ from loraplex.engine.request import TokenLogprobs
 from loraplex.engine.staging import StagingBuffer
 from loraplex.engine.step import StepBatch, StepResult
 from loraplex.lora.ends import EndBatch
-from loraplex.lora.layers import CudaLoRABatch, LoRABatch
-from loraplex.lora.plan import ITEM_FIELDS, MAX_RANK, SPLITS, max_items, plan_items
+from loraplex.lora.layers import CudaLoRABatch, CudaScratch, LoRABatch
+from loraplex.lora.plan import ITEM_FIELDS, MAX_RANK, max_items, plan_items
 from loraplex.lora.spec import BaseModelSpec
 
 Tensor = torch.Tensor
@@ -129,6 +129,7 @@ class GpuModelRunner:
             },
             self._device,
         )
+        self._lora_scratch = CudaScratch.on(self._device)
         self._last_token = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)
         self._uploaded = torch.cuda.Event()
         self._graphs: dict[tuple[int, int], CapturedForward] = {}
@@ -307,9 +308,8 @@ class GpuModelRunner:
             num_items=device["num_items"],
             pages=device["pages"],
             num_modules=self._spec.num_modules,
-            shrunk=torch.empty(
-                num_tokens * self._most_modules, SPLITS * MAX_RANK, device=self._device
-            ),
+            shrunk=torch.empty(num_tokens * self._most_modules, MAX_RANK, device=self._device),
+            scratch=self._lora_scratch,
             module_mask=module_mask,
         )
 

@@ -11,6 +11,7 @@ import torch
 
 from loraplex import native
 from loraplex.lora import ops
+from loraplex.lora.plan import NUM_PARTIALS, PARTIAL_SUMS
 
 Tensor = torch.Tensor
 
@@ -43,6 +44,21 @@ class CpuLoRABatch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class CudaScratch:
+    """Where blocks of a kernel hand sums to each other; one for all steps of a device."""
+
+    partials: Tensor  # float32 [NUM_PARTIALS, PARTIAL_SUMS]
+    counters: Tensor  # int32 [NUM_PARTIALS], zeros between kernels
+
+    @classmethod
+    def on(cls, device: torch.device) -> CudaScratch:
+        return cls(
+            torch.empty(NUM_PARTIALS, PARTIAL_SUMS, device=device),
+            torch.zeros(NUM_PARTIALS, dtype=torch.int32, device=device),
+        )
+
+
 @dataclass(slots=True)
 class CudaLoRABatch:
     """The items of a step are on the device (see lora/plan.py), so that a graph serves any step."""
@@ -52,7 +68,8 @@ class CudaLoRABatch:
     num_items: Tensor  # int32 [1]
     pages: Tensor  # int32 [max_pages], of all items' adapters
     num_modules: int
-    shrunk: Tensor  # float32 [num_tokens * most modules of a linear, SPLITS * max_rank], scratch
+    shrunk: Tensor  # float32 [num_tokens * most modules of a linear, max_rank], scratch
+    scratch: CudaScratch
     module_mask: int
     """Bit m is set if any of the adapters targets module m."""
 
@@ -67,7 +84,7 @@ class CudaLoRABatch:
             self.pool, self.items, self.num_items, self.pages, linear.layer, linear.modules,
             self.num_modules,
         )  # fmt: skip
-        native.cuda_lora_shrink(shrunk, x, *plan)
+        native.cuda_lora_shrink(shrunk, x, self.scratch.partials, self.scratch.counters, *plan)
         native.cuda_lora_expand(y, shrunk, *plan, linear.offsets)
 
 

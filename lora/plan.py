@@ -17,9 +17,11 @@ ITEM_ROWS = 32
 FINE_ITEM_ROWS = 8
 MAX_FINE_ROWS = 512
 ITEM_FIELDS = 4
-# Parts of shrink's sums, and the largest rank: both sides of the kernels' scratch.
-SPLITS = 4
+# Sizes of the kernels' scratch: the largest rank, the sums that a block of shrink hands to another,
+# and blocks that may do so, of which no GPU holds more at once.
 MAX_RANK = 256
+PARTIAL_SUMS = ITEM_ROWS * MAX_RANK
+NUM_PARTIALS = 512
 
 
 def max_items(max_num_requests: int, max_num_tokens: int) -> int:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A loaded machine is no failure.
+settings.register_profile("loraplex", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("loraplex")
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16"])

@@ -69,17 +69,18 @@ struct CudaLoraCall {
         << function << ": rows of " << name << " must begin at multiples of 8 elements";
     params.activations = activations.data_ptr();
     params.activation_stride = activations.stride(0);
+    params.num_tokens = activations.size(0);
     params.num_columns = activations.size(1);
     params.group_size = modules.size();
     LORAPLEX_REQUIRE(params.group_size <= cuda::kMaxGroup)
         << function << ": modules are " << params.group_size << ", allowed are " << cuda::kMaxGroup;
     sums.has_type(kFloat32).has_shape({kAny, params.group_size, kAny}).is_contiguous();
-    LORAPLEX_REQUIRE(v.size(2) % cuda::kMaxSplits == 0)
-        << function << ": v must have " << cuda::kMaxSplits << " parts of max_rank, got "
+    LORAPLEX_REQUIRE(v.size(2) % 4 == 0 && v.size(2) <= cuda::kMaxRank)
+        << function << ": v must have a multiple of 4 ranks, at most " << cuda::kMaxRank << ", got "
         << v.size(2);
     params.v = static_cast<float*>(v.data_ptr());
     params.v_token_stride = v.stride(0);
-    params.max_rank = v.size(2) / cuda::kMaxSplits;
+    params.max_rank = v.size(2);
     memory.has_type(kUint8).has_shape({kAny, kAny}).is_contiguous();
     params.pool = memory.data<uint8_t>();
     params.page_bytes = pool.size(1);
@@ -97,13 +98,21 @@ struct CudaLoraCall {
   }
 };
 
-void cuda_lora_shrink(TensorView v, TensorView x, TensorView pool, TensorView items,
-                      TensorView num_items, TensorView pages, int64_t layer, Array<int64_t> modules,
-                      int64_t num_modules) {
-  CudaLoraCall call("cuda_lora_shrink", v, x, "x", pool, items, num_items, pages, layer, modules,
+void cuda_lora_shrink(TensorView v, TensorView x, TensorView partials, TensorView counters,
+                      TensorView pool, TensorView items, TensorView num_items, TensorView pages,
+                      int64_t layer, Array<int64_t> modules, int64_t num_modules) {
+  const char* function = "cuda_lora_shrink";
+  CudaLoraCall call(function, v, x, "x", pool, items, num_items, pages, layer, modules,
                     num_modules);
   LORAPLEX_REQUIRE(x.size(1) % 8 == 0)
-      << "cuda_lora_shrink: x must have a multiple of 8 columns, got " << x.size(1);
+      << function << ": x must have a multiple of 8 columns, got " << x.size(1);
+  const Argument sums{function, "partials", partials}, meeting{function, "counters", counters};
+  require_cuda({sums, meeting});
+  const int64_t count = meeting.has_type(kInt32).has_shape({kAny}).is_contiguous().tensor.size(0);
+  sums.has_type(kFloat32).has_shape({count, cuda::kPartialSums}).is_contiguous();
+  call.params.partials = static_cast<float*>(partials.data_ptr());
+  call.params.counters = static_cast<int32_t*>(counters.data_ptr());
+  call.params.num_partials = count;
   call.run(&cuda::lora_shrink);
 }
 

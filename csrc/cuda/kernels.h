@@ -10,8 +10,9 @@ namespace loraplex::cuda {
 // pages[first_page], pages[first_page + 1], ...
 constexpr int kItemRows = 32;
 constexpr int kMaxGroup = 4;
-// Shrink may cut its sums over the input into so many parts, which expand adds up.
-constexpr int kMaxSplits = 4;
+constexpr int kMaxRank = 256;
+// Of a block of shrink, where several share an item and a module.
+constexpr int kPartialSums = kItemRows * kMaxRank;
 
 // Shrink and expand for all items of a step. Items, their number and pages are on the device, so
 // that a graph with this call serves any batch.
@@ -26,12 +27,17 @@ struct LoraParams {
   int32_t group_size;              // modules that share an input
   int32_t modules[kMaxGroup];      // their ids
   int32_t offsets[kMaxGroup + 1];  // expand: their first columns in y
-  float* v;                        // [num_tokens, group_size, kMaxSplits, max_rank]
+  float* v;                        // [num_tokens, group_size, max_rank]
   int64_t v_token_stride;
   int32_t max_rank;
+  // shrink: what blocks hand to the last of those that share an item and a module, [num_partials,
+  // kPartialSums], and who is last: counters [num_partials], zeros between launches.
+  float* partials;
+  int32_t* counters;
+  int32_t num_partials;
   void* activations;  // x of shrink, y of expand
   int64_t activation_stride;
-  int32_t num_columns;  // of x
+  int32_t num_tokens, num_columns;  // of x
 };
 
 // y = x W^T + bias, for at most kMaxLinearTokens rows of x, in bfloat16.
@@ -57,5 +63,7 @@ const char* sample(const SampleParams&, void* stream);
 const char* linear(const LinearParams&, void* stream);
 const char* lora_shrink(const LoraParams&, void* stream);
 const char* lora_expand(const LoraParams&, void* stream);
+const char* lora_shrink_float32(const LoraParams&, void* stream);
+const char* lora_expand_float32(const LoraParams&, void* stream);
 
 }  // namespace loraplex::cuda

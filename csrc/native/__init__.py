@@ -112,9 +112,16 @@ if has_cuda():
     before and after. Calls that share them must follow one another.
     """
     cuda_lora_shrink: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int], None
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int],
+        None,
     ] = _library.cuda_lora_shrink
-    """(v, x, pool, items, num_items, pages, layer, modules, num_modules)"""
+    """(v, x, partials, counters, pool, items, num_items, pages, layer, modules, num_modules)
+
+    Reads x without waiting for the kernel that was launched last: that must be the base product
+    W x, which lets others begin only when x is complete. partials, float32 [any number, 8192], is
+    scratch; counters, int32 of as many, hold zeros before and after. Calls that share them have an
+    expand between them.
+    """
     cuda_lora_expand: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int, Sequence[int]],
         None,

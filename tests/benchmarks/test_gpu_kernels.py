@@ -65,17 +65,17 @@ def segments(items, num_items, pages):
 def slow_kernels(monkeypatch) -> None:
     """The LoRA kernels by their reference twins, with the arguments of the CUDA ones."""
 
-    def shrink(v, x, pool, items, num_items, pages, layer, modules, num_modules):
+    def shrink(v, x, _partials, counters, pool, items, num_items, pages, layer, modules,
+               num_modules):  # fmt: skip
+        assert not counters.any()
         indptr, tables = segments(items, num_items, pages)
         assert indptr[-1] == len(x) == len(v)
         reference.shrink(v, x, pool, indptr, tables, layer, modules, num_modules)
 
     def expand(y, v, pool, items, num_items, pages, layer, modules, num_modules, offsets):
         indptr, tables = segments(items, num_items, pages)
-        before = y.clone()
         reference.expand(y, v, pool, indptr, tables, layer, modules, num_modules, offsets)
         assert offsets[-1] == y.shape[1]
-        assert (y != before).any(1).all(), "every row has an adapter"
 
     monkeypatch.setattr(native, "cuda_lora_shrink", shrink, raising=False)
     monkeypatch.setattr(native, "cuda_lora_expand", expand, raising=False)
@@ -91,55 +91,50 @@ def test_all_cases(bench, tmp_path, capsys):
     assert result["copy_terabytes_per_second"] > 0
     cases = {case["case"]: case for case in result["cases"]}
     of = {name: [c for c in cases if c.startswith(f"{name}:")] for name in
-          ("layer", "attention", "linears", "rows")}  # fmt: skip
+          ("lora layer", "attention", "linears", "rows")}  # fmt: skip
     assert [len(names) for names in of.values()] == [NUM_LORA_CASES, 4, 3 * 5 - 1, 3 * 5 + 2]
-    assert len(cases) == 9 * NUM_LORA_CASES + 4 + 14 + 17
-    # 2 adapters' A of 3 modules, and 4 rows of x.
-    shrink = cases["shrink qkv: B4 A2 r8"]
-    num_bytes = 2 * (2 * 8 * 64 * 3 + 4 * 64)
-    assert shrink["gigabytes_per_second"] == pytest.approx(num_bytes / 1e3)
-    assert shrink["gflops"] == pytest.approx(2 * 4 * 8 * 64 * 3 / 1e3)
-    # One adapter's B of two modules, and y to and fro.
-    expand = cases["expand gate_up: B40 A1 r16"]
-    num_bytes = 2 * (16 * 256 + 2 * 40 * 256)
-    assert expand["gigabytes_per_second"] == pytest.approx(num_bytes / 1e3)
-    assert cases["layer: B4 A2 r8"]["microseconds"] == pytest.approx(8)
+    assert len(cases) == 5 * NUM_LORA_CASES + 4 + 14 + 17
+    # W of 64 inputs and 128 outputs, 2 adapters' A of 3 modules and B, and 4 rows of x and y.
+    qkv = cases["lora qkv: B4 A2 r8"]
+    num_bytes = 2 * (64 * 128 + 2 * 8 * (64 * 3 + 128) + 4 * (64 + 128))
+    flops = 2 * 4 * (64 * 128 + 8 * (64 * 3 + 128))
+    assert qkv["gigabytes_per_second"] == pytest.approx(num_bytes / 1e3)
+    assert qkv["gflops"] == pytest.approx(flops / 1e3)
     table = bench.table
-    floor = max(num_bytes / table.peak_bytes, 2 * 40 * 16 * 256 / table.peak_flops)
-    assert expand["floor_microseconds"] == pytest.approx(floor * 1e6)
-    assert expand["share_of_ceiling"] == pytest.approx(floor / 1e-6)
+    floor = max(num_bytes / table.peak_bytes, flops / table.peak_flops)
+    assert qkv["floor_microseconds"] == pytest.approx(floor * 1e6)
+    assert qkv["share_of_ceiling"] == pytest.approx(floor / 1e-6)
+    assert cases["lora layer: B4 A2 r8"]["microseconds"] == pytest.approx(4)
     decode = cases["attention: decode 4 x 32"]
     assert decode["gigabytes_per_second"] == pytest.approx(
         2 * (4 * 32 * 2 * 2 * 16 + 2 * 4 * 64) / 1e3
     )
-    assert "shrink qkv: B4 A2 r8" in capsys.readouterr().out
+    assert "lora qkv: B4 A2 r8" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("slow_kernels", "one_thread")
-@pytest.mark.parametrize("is_shrink", [True, False])
-def test_no_two_calls_share_what_they_touch(bench, is_shrink):
+def test_no_two_calls_share_what_they_touch(bench):
     case = LoraCase(bench, GRID, rows=4, num_adapters=2, rank=8)
-    calls = case.calls(GROUPS["gate_up"], is_shrink)
-    assert len(calls) * sum(case.bytes_of(GROUPS["gate_up"], is_shrink)) >= GRID.rotated_bytes
-    activations = [call.args[1 if is_shrink else 0] for call in calls]
-    ends = {tensor.data_ptr(): tensor.data_ptr() + tensor.nbytes for tensor in activations}
-    assert len(ends) == len(calls)
+    calls = case.calls(GROUPS["gate_up"])
+    assert len(calls) * case.bytes_of(GROUPS["gate_up"]) >= GRID.rotated_bytes
+    touched = [tensor for call in calls for tensor in call.args[:2]]
+    ends = {tensor.data_ptr(): tensor.data_ptr() + tensor.nbytes for tensor in touched}
+    assert len(ends) == 2 * len(calls)
     assert all(end <= begin for end, begin in
                zip(sorted(ends.values())[:-1], sorted(ends)[1:], strict=True))  # fmt: skip
     assert min(ends) >= case.pool.data_ptr() + case.pool.nbytes
-    weights = [(*call.args[5].tolist(), call.args[6]) for call in calls]
-    assert len(set(weights)) == len(calls)
+    assert len({call.args[2:] for call in calls}) == len(calls), "adapters and layer"
 
 
 @pytest.mark.usefixtures("slow_kernels")
 def test_fewer_layers_where_memory_is_short():
-    # Of pages of 4 KiB, 4 adapters take 5 each for a layer and 9 for two, and there are 35.
+    # Of pages of 4 KiB, 4 adapters take 5 each for a layer and 9 for two, and there are 30.
     bench = SlowBench(Memory(160 << 10, CPU), CPU, repetitions=1, product_size=32)
     case = LoraCase(bench, GRID, rows=4, num_adapters=4, rank=8)
     assert (case.spec.num_layers, case.num_sets) == (1, 1)
-    assert len(case.calls(GROUPS["o"], True)) == 1
+    assert len(case.calls(GROUPS["o"])) == 1
 
 
 def test_number_of_calls():

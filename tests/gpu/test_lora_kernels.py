@@ -8,7 +8,8 @@ import torch
 
 from loraplex import native
 from loraplex.lora.image import AdapterWeights, pack_image
-from loraplex.lora.plan import MAX_RANK, SPLITS, plan_items
+from loraplex.lora.layers import CudaScratch
+from loraplex.lora.plan import MAX_RANK, plan_items
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
 
 IN_FEATURES = 1096  # not a multiple of a tile's 64 columns
@@ -57,16 +58,18 @@ class Case:
         surplus = torch.full((5, 4), 1 << 20, dtype=torch.int32, device="cuda")
         self.num_items = torch.tensor([len(items)], dtype=torch.int32, device="cuda")
         self.items = torch.cat([self.items, surplus])
+        self.scratch = CudaScratch.on(torch.device("cuda"))
+        self.scratch.partials.fill_(torch.nan)
         num_rows = int(self.indptr[-1]) + num_base_rows
         self.x = torch.randn(num_rows, IN_FEATURES).to(dtype).cuda()
         self.y = torch.randn(num_rows, OFFSETS[-1]).mul(30).to(dtype).cuda()
 
     def run(self) -> torch.Tensor:
         y = self.y.clone()
-        shape = len(y), len(WIDTHS), SPLITS * MAX_RANK
+        shape = len(y), len(WIDTHS), MAX_RANK
         v = torch.full(shape, torch.nan, device="cuda")
         plan = self.pool, self.items, self.num_items, self.pages, LAYER, [0, 1, 2], 3
-        native.cuda_lora_shrink(v, self.x, *plan)
+        native.cuda_lora_shrink(v, self.x, self.scratch.partials, self.scratch.counters, *plan)
         native.cuda_lora_expand(y, v, *plan, OFFSETS)
         torch.cuda.synchronize()
         return y
