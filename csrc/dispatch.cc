@@ -13,7 +13,7 @@ namespace {
 #define LORAPLEX_TABLE(isa)                                               \
   {#isa,           &isa::rms_norm,  &isa::rope,        &isa::act_and_mul, \
    &isa::write_kv, &isa::attention, &isa::lora_shrink, &isa::lora_expand, \
-   &isa::sample}
+   &isa::sample,   &isa::grouped}
 
 // From the plainest to the best.
 constexpr Kernels kAllKernels[] = {

@@ -155,6 +155,25 @@ struct SampleParams {
 
 constexpr int kMaxVocabSize = (1 << 19) - 8;
 
+// Weights w[n, k] = decode(values[n, k]) * scales[n, g] + middles[n, g], g being the group of k.
+// Those of 4 bits lie in blocks: byte i of a block has weight i in its low bits, and weight
+// i + kGroupedBlock / 2 in its high ones.
+constexpr int kGroupedBlock = 32;
+
+enum class GroupedCode { kTable4, kInt8, kFloat8 };  // 8 bits less 128; float8 e4m3fn
+
+struct GroupedParams {
+  DType dtype;
+  void* out;       // x W^T [num_rows, out_features]; without x: W
+  const float* x;  // [num_rows, in_features]
+  const uint8_t* values;
+  const void* scales;   // [out_features, in_features / group_size], of dtype
+  const void* middles;  // likewise; null: 0
+  const float* table;   // 16 entries, for kTable4
+  GroupedCode code;
+  int64_t num_rows, out_features, in_features, group_size;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm)(const RmsNormParams&);
@@ -165,6 +184,7 @@ struct Kernels {
   void (*lora_shrink)(const LoraParams&);
   void (*lora_expand)(const LoraParams&);
   void (*sample)(const SampleParams&);
+  void (*grouped)(const GroupedParams&);
 };
 
 #define LORAPLEX_DECLARE_KERNELS(isa)       \
@@ -177,6 +197,7 @@ struct Kernels {
   void lora_shrink(const LoraParams&);      \
   void lora_expand(const LoraParams&);      \
   void sample(const SampleParams&);         \
+  void grouped(const GroupedParams&);       \
   }
 
 LORAPLEX_DECLARE_KERNELS(portable)

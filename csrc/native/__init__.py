@@ -100,6 +100,19 @@ the index of the first with a result that is not finite, which ends the packing,
 """
 sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = _library.sample
 """(token_ids, logits, temperature, top_k, top_p, min_p, uniform)"""
+grouped_linear: Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], None
+] = _library.grouped_linear
+"""(out, x, values, scales, middles, table, is_float), x in float32; on the CPU
+
+table: float32 [16], of values of 4 bits, in blocks of 32 inputs: byte i of a block has value i in
+its low bits and value i + 16 in its high ones. None: values of 8 bits, float8_e4m3fn or integers
+plus 128.
+"""
+grouped_expand: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], None] = (
+    _library.grouped_expand
+)
+"""(out, values, scales, middles, table, is_float): the weights themselves"""
 
 if has_cuda():
     cuda_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor], None] = (

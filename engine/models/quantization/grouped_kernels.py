@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.nn.functional as F
 
+from loraplex import native
 from loraplex.engine.models.quantization.codes import FLOAT8, FP4, INT4, INT8, NF4, Code
 
 if TYPE_CHECKING:
     from loraplex.engine.models.quantization.grouped import GroupedMatrix
 
 Tensor = torch.Tensor
-# That torch's kernels for 4 bits serve.
+# That torch's kernel for 4 bits serves.
 GROUP_SIZES = (32, 64, 128, 256)
 FLOAT8_MAX = 448.0
 
@@ -33,23 +34,37 @@ class Kernel(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-class CpuInt4:
-    """torch's kernel for the CPU."""
+class CpuGrouped:
+    """The native library's kernel for few rows; for many, the weights in full and a product of
+    those."""
+
+    BLOCK = 32
+    MAX_ROWS = 16
 
     @staticmethod
     def serves(matrix: GroupedMatrix) -> bool:
-        is_aligned = matrix.values.shape[0] % 16 == 0 and matrix.group_size in GROUP_SIZES
-        return _is_bfloat16(matrix, "cpu", INT4) and is_aligned
+        return matrix.values.is_cpu and matrix.group_size % CpuGrouped.BLOCK == 0
 
     def __init__(self, matrix: GroupedMatrix) -> None:
-        self._group_size = matrix.group_size
-        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(matrix.values.int(), 1)
-        self._scales = _scales_and_middles(matrix)
+        self._shape = matrix.values.shape
+        values, table = matrix.values, None
+        if matrix.code.bits == 4:
+            low, high = values.unflatten(1, (-1, 2, self.BLOCK // 2)).unbind(2)
+            values, table = (low | high << 4).flatten(1), matrix.code.table
+        scales = matrix.scales.to(matrix.dtype).contiguous()
+        middles = None
+        if matrix.middles is not None:
+            middles = matrix.middles.to(matrix.dtype).contiguous()
+        self._weights = values.contiguous(), scales, middles, table, matrix.code is FLOAT8
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.contiguous(), self._packed, self._group_size, self._scales
-        )
+        if x.shape[0] > self.MAX_ROWS:
+            weight = x.new_empty(self._shape)
+            native.grouped_expand(weight, *self._weights)
+            return F.linear(x, weight)
+        y = x.new_empty(x.shape[0], self._shape[0])
+        native.grouped_linear(y, x.float().contiguous(), *self._weights)
+        return y
 
 
 class CudaInt4:
@@ -63,7 +78,7 @@ class CudaInt4:
         out_features, in_features = matrix.values.shape
         is_aligned = out_features % 8 == 0 and in_features % (16 * CudaInt4.INNER_TILES) == 0
         is_aligned = is_aligned and matrix.group_size in GROUP_SIZES
-        return _is_bfloat16(matrix, "cuda", INT4) and is_aligned
+        return _is_bfloat16(matrix, INT4) and is_aligned
 
     def __init__(self, matrix: GroupedMatrix) -> None:
         self._group_size = matrix.group_size
@@ -99,7 +114,7 @@ class CudaFloat8:
     def serves(matrix: GroupedMatrix) -> bool:
         is_aligned = matrix.values.shape[0] % 16 == 0 and matrix.values.shape[1] % 16 == 0
         return (
-            _is_bfloat16(matrix, "cuda", FLOAT8)
+            _is_bfloat16(matrix, FLOAT8)
             and _has_plain_rows(matrix)
             and is_aligned
             and torch.cuda.get_device_capability(matrix.values.device) >= (8, 9)
@@ -117,15 +132,14 @@ class CudaFloat8:
         )
 
 
-class Int8:
+class CudaInt8:
     """torch's kernel for a signed integer per weight and a scale per row, for few rows."""
 
     MAX_ROWS = 16
 
     @staticmethod
     def serves(matrix: GroupedMatrix) -> bool:
-        device = matrix.values.device.type
-        return _is_bfloat16(matrix, device, INT8) and _has_plain_rows(matrix)
+        return _is_bfloat16(matrix, INT8) and _has_plain_rows(matrix)
 
     def __init__(self, matrix: GroupedMatrix) -> None:
         self._values = _signed(matrix.values)
@@ -218,14 +232,14 @@ def _signed(values: Tensor) -> Tensor:
 
 
 def _scales_and_middles(matrix: GroupedMatrix) -> Tensor:
-    """[groups, out_features, 2], as torch's kernels for 4 bits want it."""
+    """[groups, out_features, 2], as torch's kernel for 4 bits wants it."""
     pairs = torch.stack([matrix.scales, matrix.all_middles()], dim=-1)
     return pairs.transpose(0, 1).to(matrix.dtype).contiguous()
 
 
-def _is_bfloat16(matrix: GroupedMatrix, device: str, code: Code) -> bool:
-    is_here = matrix.values.device.type == device
-    return is_here and matrix.code is code and matrix.dtype == torch.bfloat16
+def _is_bfloat16(matrix: GroupedMatrix, code: Code) -> bool:
+    """And on a CUDA device."""
+    return matrix.values.is_cuda and matrix.code is code and matrix.dtype == torch.bfloat16
 
 
 def _has_plain_rows(matrix: GroupedMatrix) -> bool:
@@ -234,5 +248,5 @@ def _has_plain_rows(matrix: GroupedMatrix) -> bool:
 
 
 KERNELS: tuple[type[Kernel], ...] = (
-    CpuInt4, CudaInt4, CudaFloat8, Int8, CudaBitsAndBytes, Dequantised,
+    CpuGrouped, CudaInt4, CudaFloat8, CudaInt8, CudaBitsAndBytes, Dequantised,
 )  # fmt: skip
