@@ -42,7 +42,8 @@ def locate(modules: Sequence[TargetedModule], spec: BaseModelSpec) -> list[Part]
     """Where targeted modules are in the base model. Raises AdapterError for one that does not fit,
     and for one that is there twice."""
     names = {module.name: module for module in modules}
-    parts = [part for module in modules for part in _locate(module, names, spec)]
+    ids = {module.path: index for index, module in enumerate(spec.modules)}
+    parts = [part for module in modules for part in _locate(module, names, ids, spec)]
     in_order = sorted(parts, key=lambda part: (part.place, part.target.start))
     for part, following in pairwise(in_order):
         if part.place == following.place and following.target.start < part.target.stop:
@@ -88,13 +89,16 @@ def place_weights(
 
 
 def _locate(
-    module: TargetedModule, all_modules: Mapping[str, TargetedModule], spec: BaseModelSpec
+    module: TargetedModule,
+    all_modules: Mapping[str, TargetedModule],
+    ids: Mapping[str, int],
+    spec: BaseModelSpec,
 ) -> list[Part]:
     for kind in ("replacement", "tokens", "base"):
         if kind in module.tensors:
             raise not_served(module.tensors[kind])
     match = re.fullmatch(rf"{re.escape(spec.layer_path)}\.(\d{{1,6}})\.(.+)", module.name)
-    outputs = match and _find_outputs(match[2], module, all_modules, spec)
+    outputs = match and _find_outputs(match[2], module, all_modules, ids, spec)
     if match is None or not outputs:
         raise AdapterError(
             f"tensor {module.tensor_a!r} is for a module that adapters of this {spec.architecture} "
@@ -121,13 +125,13 @@ def _find_outputs(
     path: str,
     module: TargetedModule,
     all_modules: Mapping[str, TargetedModule],
+    ids: Mapping[str, int],
     spec: BaseModelSpec,
 ) -> list[tuple[int, slice]]:
     """(module id, its outputs) in the base model, in the order of the module's; [] if it has none.
 
-    path: the module's, inside its layer.
+    path: the module's, inside its layer; ids: of the base model's modules, by theirs.
     """
-    ids = {candidate.path: index for index, candidate in enumerate(spec.modules)}
     if path in ids:
         return [(ids[path], slice(0, spec.modules[ids[path]].out_features))]
     name = path.rpartition(".")[2]
@@ -158,7 +162,6 @@ def _widths_of_parts(names: Sequence[str], known: Mapping[str, int], total: int)
 
 
 def _check_shapes(module: TargetedModule, outputs: Sequence[tuple[LoRAModule, slice]]) -> None:
-    names = " and ".join(base.name for base, _ in outputs)
     in_features = outputs[0][0].in_features
     out_features = sum(target.stop - target.start for _, target in outputs)
     for tensor_name, shape, expected in (
@@ -166,6 +169,7 @@ def _check_shapes(module: TargetedModule, outputs: Sequence[tuple[LoRAModule, sl
         (module.tensor_b, [module.out_features, module.rank], [out_features, module.rank]),
     ):
         if shape != expected:
+            names = " and ".join(base.name for base, _ in outputs)
             raise AdapterError(
                 f"tensor {tensor_name!r} has shape {shape}, expected {expected}: in the base model "
                 f"{names} has {in_features} inputs and {out_features} outputs"

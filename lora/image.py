@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -167,7 +167,7 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
     """
     ranks, dtype = weights.ranks, weights.dtype
     layout = layout_image(ranks, spec, page_bytes, dtype.itemsize, weights.gains)
-    matrices = list(_matrices_of_layers(weights, spec, layout))
+    matrices = list(_matrices_of_layers(weights, layout))
     num_tiles, ends = layout.num_tiles, dict[str, EndTiles]()
     for name, end in (("embedding", weights.embedding), ("head", weights.head)):
         if end is not None:
@@ -192,9 +192,13 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
         [matrix.scaling for matrix in matrices],
     )
     if index >= 0:
+        where, scaling = matrices[index].where, matrices[index].scaling
+        if isinstance(where, tuple):
+            side = "AB"[matrices[index].is_transposed]
+            where = f"'base_model.model.{spec.module_path(*where)}.lora_{side}.weight'"
         raise AdapterError(
-            f"tensor {matrices[index].name} is not allowed: it holds infinite or NaN values, or "
-            f"gets them as {dtype} times the scaling {matrices[index].scaling:g}"
+            f"tensor {where} is not allowed: it holds infinite or NaN values, or gets them as "
+            f"{dtype} times the scaling {scaling:g}"
         )
     buffer[: layout.header.nbytes] = torch.from_numpy(layout.header.view(np.uint8).reshape(-1))
     _pack_vectors(weights, spec, layout, pages)
@@ -208,26 +212,22 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
     return AdapterImage(buffer, num_pages, page_bytes, traits, dtype)
 
 
-@dataclass(frozen=True)
-class _Matrix:
+class _Matrix(NamedTuple):
     """What goes into an image, from a tile on."""
 
-    name: str
+    where: Place | str
     values: torch.Tensor
     first_tile: int
     is_transposed: bool = False
     scaling: float = 1.0
 
 
-def _matrices_of_layers(
-    weights: AdapterWeights, spec: BaseModelSpec, layout: ImageLayout
-) -> Iterator[_Matrix]:
+def _matrices_of_layers(weights: AdapterWeights, layout: ImageLayout) -> Iterator[_Matrix]:
     for place in sorted(weights.a):
         a_tile, b_tile = layout.header[place][:2].tolist()
-        name = f"base_model.model.{spec.module_path(*place)}.lora_"
-        yield _Matrix(repr(f"{name}A.weight"), weights.a[place], a_tile)
+        yield _Matrix(place, weights.a[place], a_tile)
         scaling = weights.scalings.get(place, 1.0)
-        yield _Matrix(repr(f"{name}B.weight"), weights.b[place], b_tile, True, scaling)
+        yield _Matrix(place, weights.b[place], b_tile, True, scaling)
 
 
 def _mask(places: Collection[Place]) -> int:

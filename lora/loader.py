@@ -49,7 +49,8 @@ def read_adapter(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterW
         tensors = read_tensors(directory / WEIGHTS_FILE)
     weights = place_weights(parts, tensors, spec, dtype)
     for part in parts:
-        add_vectors(weights, part, tensors, spec)
+        if len(part.module.tensors) > 2:  # more than A and B
+            add_vectors(weights, part, tensors, spec)
     weights = place_ends(
         weights, [m for m in modules if m.name in end_names], tensors, spec, config
     )

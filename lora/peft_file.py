@@ -21,9 +21,9 @@ from loraplex.lora.spec import AdapterError
 TENSOR_KINDS = {
     "A": r"lora_A\.weight|lora_embedding_A",
     "B": r"lora_B\.weight|lora_embedding_B",
-    "magnitude": r"lora_magnitude_vector(\.weight)?",
+    "magnitude": r"lora_magnitude_vector(?:\.weight)?",
     "lora_bias": r"lora_B\.bias",
-    "bias": r"(base_layer\.)?bias",
+    "bias": r"(?:base_layer\.)?bias",
     "base": r"base_layer\.weight",
     "replacement": r"weight",
     "tokens": r"token_adapter\.trainable_tokens_delta",
@@ -31,10 +31,12 @@ TENSOR_KINDS = {
 VECTOR_NAMES = {"magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
 VECTOR_KINDS = "magnitude", "lora_bias", "bias"
 TENSOR_NAME = re.compile(
-    r"base_model\.model\.(?P<module>.+?)\.("
+    r"base_model\.model\.(?P<module>.+?)\.(?:"
     + "|".join(f"(?P<{kind}>{pattern})" for kind, pattern in TENSOR_KINDS.items())
     + ")"
 )
+_Layout = tuple[str, list[int]]
+"""A tensor's dtype and shape, as the file has them."""
 SERVED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -126,11 +128,15 @@ def read_targeted_modules(file: Any, config: PeftConfig) -> list[TargetedModule]
     Raises AdapterError if the tensors are not exactly LoRA pairs as the configuration says.
     """
     modules: dict[str, dict[str, str]] = {}
+    layouts: dict[str, _Layout] = {}
     for name in file.keys():  # noqa: SIM118 (not a dict)
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
             raise not_served(name)
-        kind = next(kind for kind in TENSOR_KINDS if match[kind] is not None)
+        kind = match.lastgroup
+        assert kind is not None
+        tensor = file.get_slice(name)
+        layouts[name] = tensor.get_dtype(), tensor.get_shape()
         other = modules.setdefault(match["module"], {}).setdefault(kind, name)
         if other != name:
             raise AdapterError(f"tensors {other!r} and {name!r} are for the same: one is allowed")
@@ -143,11 +149,11 @@ def read_targeted_modules(file: Any, config: PeftConfig) -> list[TargetedModule]
                     f"tensor {name!r} is not allowed beside alora_invocation_tokens: it would act "
                     "on what comes before the invocation, too"
                 )
-    return [_check_module(name, tensors, config, file) for name, tensors in modules.items()]
+    return [_check_module(name, tensors, config, layouts) for name, tensors in modules.items()]
 
 
 def _check_module(
-    name: str, tensors: dict[str, str], config: PeftConfig, file: Any
+    name: str, tensors: dict[str, str], config: PeftConfig, layouts: Mapping[str, _Layout]
 ) -> TargetedModule:
     """tensors: names by kind."""
     for kind in ("replacement", "tokens"):
@@ -158,7 +164,7 @@ def _check_module(
                 "a matrix or rows of its own"
             )
         if kind in tensors:
-            return _check_replacement(name, tensors, file)
+            return _check_replacement(name, tensors, layouts)
     for side in "AB":
         if side not in tensors:
             other = next(iter(tensors.values()))
@@ -173,10 +179,10 @@ def _check_module(
             "does not target"
         )
     rank = config.rank_of(name)
-    in_features = file.get_slice(sides["A"]).get_shape()[-1:]
-    out_features = file.get_slice(sides["B"]).get_shape()[:1]
-    _check_tensor(sides["A"], file, [rank, *in_features], f"[{rank}, in_features]", rank)
-    _check_tensor(sides["B"], file, [*out_features, rank], f"[out_features, {rank}]", rank)
+    file_dtype, shape = layouts[sides["A"]]
+    in_features, out_features = shape[-1:], layouts[sides["B"]][1][:1]
+    _check_tensor(sides["A"], layouts, [rank, *in_features], "[{}, in_features]", rank)
+    _check_tensor(sides["B"], layouts, [*out_features, rank], "[out_features, {}]", rank)
     vectors = {kind: tensors[kind] for kind in VECTOR_KINDS if kind in tensors}
     for kind, setting, is_on in (
         ("magnitude", "use_dora", config.use_dora),
@@ -192,33 +198,35 @@ def _check_module(
             missing = f"base_model.model.{name}.{VECTOR_NAMES[kind]}"
             raise AdapterError(f"tensor {missing!r} is missing: {CONFIG_FILE} has {setting} on")
     for tensor in vectors.values():
-        _check_tensor(tensor, file, out_features, str(out_features), rank)
+        _check_tensor(tensor, layouts, out_features, str(out_features), rank)
     if "base" in tensors:
-        shape = file.get_slice(tensors["base"]).get_shape()
-        _check_tensor(tensors["base"], file, shape, str(shape), rank)
-    file_dtype = file.get_slice(sides["A"]).get_dtype()
+        _check_tensor(tensors["base"], layouts, layouts[tensors["base"]][1], "", rank)
     scaling = config.scaling_of(name)
     return TargetedModule(name, rank, in_features[0], out_features[0], scaling, file_dtype, tensors)
 
 
-def _check_replacement(name: str, tensors: dict[str, str], file: Any) -> TargetedModule:
+def _check_replacement(
+    name: str, tensors: dict[str, str], layouts: Mapping[str, _Layout]
+) -> TargetedModule:
     (tensor_name,) = tensors.values()
-    tensor = file.get_slice(tensor_name)
-    shape, file_dtype = tensor.get_shape(), tensor.get_dtype()
+    file_dtype, shape = layouts[tensor_name]
     if len(shape) != 2 or file_dtype not in SERVED_DTYPES:
         raise not_served(tensor_name)
     return TargetedModule(name, 0, shape[1], shape[0], 1.0, file_dtype, tensors)
 
 
-def _check_tensor(name: str, file: Any, shape: list[int], expected: str, rank: int) -> None:
-    tensor = file.get_slice(name)
-    if tensor.get_dtype() not in SERVED_DTYPES:
+def _check_tensor(
+    name: str, layouts: Mapping[str, _Layout], shape: list[int], expected: str, rank: int
+) -> None:
+    """expected: the shape in words, {} for the rank."""
+    file_dtype, file_shape = layouts[name]
+    if file_dtype not in SERVED_DTYPES:
         raise AdapterError(
-            f"tensor {name!r} has dtype {tensor.get_dtype()}, which is not allowed: it must be "
-            f"one of {', '.join(SERVED_DTYPES)}"
+            f"tensor {name!r} has dtype {file_dtype}, which is not allowed: it must be one of "
+            + ", ".join(SERVED_DTYPES)
         )
-    if tensor.get_shape() != shape:
+    if file_shape != shape:
         raise AdapterError(
-            f"tensor {name!r} has shape {tensor.get_shape()}, expected {expected}: {CONFIG_FILE} "
-            f"gives this module rank {rank}"
+            f"tensor {name!r} has shape {file_shape}, expected {expected.format(rank)}: "
+            f"{CONFIG_FILE} gives this module rank {rank}"
         )
