@@ -34,6 +34,8 @@ TRAFFIC = {"uniform": 1.0, "skewed": 0.3}
 """Exponents of the popularity of adapters (see workloads.slora)."""
 AT_ONCE = 1e6  # requests per second
 TIMEOUT = 1800.0
+# With prefix caching a second pass would have its prompts for nothing.
+FLAGS = ("--no-access-log", "--no-enable-prefix-caching")
 HEADING = (
     f"{'adapters':>8} {'traffic':>8} {'pass':>4} {'distinct':>8} {'requests/s':>10} "
     f"{'tokens/s':>8} {'errors':>6} {'memory MB':>9}"
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(HEADING, flush=True)
         for count in options.num_adapters:
             of_server = argparse.Namespace(**{**vars(options), "num_adapters": count})
-            with own_server(of_server, ["--no-access-log", *server_flags]) as server:
+            with own_server(of_server, [*FLAGS, *server_flags]) as server:
                 for row in measure(server, count, options):
                     figures["rows"].append(row)
                     print_row(row)

@@ -78,7 +78,6 @@ class AdapterLifecycle:
         """
         adapters = self._resolver.forget_all(self._store.identify(lora_request))
         for adapter in adapters:
-            self._adapters.unpin(adapter)
             if delete_files:
                 self._to_delete.append(adapter.files)
             self._adapters.unload_unused(adapter)
@@ -91,7 +90,7 @@ class AdapterLifecycle:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._operations)
+        return bool(self._operations or self._to_delete)
 
     def advance(self, requests: Collection[Request]) -> bool:
         """Go on with all operations. Gives whether one of them waits for memory, so that nobody
@@ -132,12 +131,13 @@ class AdapterLifecycle:
 
     def _delete_files(self) -> None:
         """Of what was unloaded meanwhile; of what has come back, nothing."""
-        versions = {adapter.version for adapter in self._adapters}
-        waiting = [files for files in self._to_delete if files.key in versions]
-        for files in self._to_delete:
-            if files.key not in versions:
+        waiting, self._to_delete = self._to_delete, []
+        for files in waiting:
+            adapter = self._adapters.find(files.key)
+            if adapter is None:
                 self._store.delete(files)
-        self._to_delete = waiting
+            elif not adapter.identities:
+                self._to_delete.append(files)
 
     # -- what goes on over many steps ------------------------------------------------------
 
@@ -160,13 +160,11 @@ class AdapterLifecycle:
                 adapter.files.close()
                 return self._describe(adapter) | {"changed": False}
             yield from self._read(adapter)
+            pinned_tier = None if old is None else old.pinned_tier
             self._resolver.replace(identity, adapter)
             self._resolver.expire(identity)
-            if old is not None and old.pinned_tier is not None:
-                tier = old.pinned_tier
-                self._adapters.unpin(old)
-                self._adapters.unload_unused(old)
-                yield from self._bring(adapter, tier, pin=True)
+            if pinned_tier is not None:
+                yield from self._bring(adapter, pinned_tier, pin=True)
             return self._describe(adapter) | {"changed": True}
 
     def _find(self, lora_request: LoRARequest) -> Generator[None, None, Adapter]:
@@ -192,6 +190,9 @@ class AdapterLifecycle:
                     break
                 self._lacks_memory |= is_there is False
             yield
+        if pin and not adapter.identities:
+            name = adapter.lora_request.lora_name
+            raise RequestError(f"adapter {name!r} was unloaded or replaced meanwhile", status=409)
         if pin:
             if tier == "pool":
                 self._check_room(adapter, len(adapter.pages), pin)

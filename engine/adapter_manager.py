@@ -228,6 +228,9 @@ class AdapterManager:
             adapter.files = files
         return adapter
 
+    def find(self, version: bytes) -> Adapter | None:
+        return self._adapters.get(version)
+
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._adapters.values())
 

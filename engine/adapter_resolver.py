@@ -146,6 +146,7 @@ class AdapterResolver:
         for identity in adapter.identities:
             del self._answers[identity]
         adapter.identities.clear()
+        self._adapters.unpin(adapter)
 
     def forget_all(self, identity: Identity) -> list[Adapter]:
         """Forget everything that reads the same, with whatever token. Gives the adapters, which are
@@ -155,6 +156,7 @@ class AdapterResolver:
             adapter = self._answers.pop(other).adapter
             adapter.identities.discard(other)
             if not adapter.identities:
+                self._adapters.unpin(adapter)
                 adapters.append(adapter)
         return adapters
 
@@ -163,6 +165,7 @@ class AdapterResolver:
         for identity, answer in self._answers.items():
             assert identity in answer.adapter.identities
         assert len(self._answers) == sum(len(a.identities) for a in self._adapters)
+        assert all(a.identities for a in self._adapters if a.pinned_tier), "pins can be undone"
         assert all(w in question.waiting for w, question in self._question_of.items())
 
     def _ask(self, question: _Question) -> None:
@@ -174,4 +177,6 @@ class AdapterResolver:
 
     def _drop(self, identity: Identity, adapter: Adapter) -> None:
         adapter.identities.remove(identity)
+        if not adapter.identities:
+            self._adapters.unpin(adapter)
         self._adapters.unload_unused(adapter)

@@ -185,13 +185,35 @@ def test_unloading_drains_or_aborts_and_frees_every_tier(abort):
             assert mine[-1].error == "the adapter 'a' was unloaded"
         else:
             assert tokens_of(mine) == expected_tokens(request)
-    core.step()
     core.check_integrity()
     assert store.images == set()
     assert store.deleted == [b"a:pages=2@0"]
     stats = core.stats()
     assert stats["pages_free"] == stats["pages_total"], "of KV, too"
     assert tokens_of(finish(core, request_of("new"))) == expected_tokens(request_of("new"))
+
+
+def test_what_is_unloaded_while_it_is_to_be_pinned_is_not_pinned():
+    core = fake_core(num_pages=50)
+    operation = core.preload_adapter(A, pin=True)
+    while not core.adapters():
+        core.step()
+    core.unload_adapter(A)
+    with pytest.raises(RequestError, match="was unloaded or replaced meanwhile"):
+        do(core, operation)
+    core.check_integrity()
+    assert core.adapters() == []
+
+
+def test_files_of_an_adapter_that_came_back_are_kept():
+    core = fake_core(num_pages=50)
+    core.add_request(request_of("old", max_tokens=20))
+    core.step()
+    core.unload_adapter(A, delete_files=True)
+    core.add_request(request_of("new"))
+    run_to_end(core)
+    assert core._device.adapter_store.deleted == []
+    assert [a["lora_name"] for a in core.adapters()] == ["a"]
 
 
 def test_200_adapters_are_swapped_under_load():
