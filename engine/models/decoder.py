@@ -16,6 +16,7 @@ from loraplex.engine.models.blocks import (
     MLP,
     Attention,
     ForwardBatch,
+    HeadNormSplit,
     Heads,
     HeadSplit,
     Layer,
@@ -153,6 +154,13 @@ class Decoder(Module):
             self.linear(prefix, q_size, {self.OUT: hidden}, self.has_out_bias),
             self.window(index),
         )
+
+    def head_norm_split(self, prefix: str, suffix: str = "norm") -> HeadSplit:
+        """With norms of the heads of q and k, whose names end in the suffix."""
+        q_norm, k_norm = (
+            self.make_norm(f"{prefix}{name}_{suffix}", self.heads.head_dim) for name in "qk"
+        )
+        return HeadNormSplit(self.heads, q_norm, k_norm)
 
     def gated_mlp(self, prefix: str, activation_field: str, has_bias: bool = False) -> MLP:
         hidden, size = self.config.hidden_size, self.config.intermediate_size

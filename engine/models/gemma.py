@@ -9,7 +9,6 @@ import torch
 from loraplex.engine.models.blocks import (
     FeedForward,
     ForwardBatch,
-    HeadNormSplit,
     HeadSplit,
     Layer,
     SandwichNormLayer,
@@ -85,7 +84,4 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
         return self.ropes[self.config.layer_types[index]]
 
     def make_split(self, prefix: str) -> HeadSplit:
-        q_norm, k_norm = (
-            self.make_norm(f"{prefix}{name}_norm", self.heads.head_dim) for name in "qk"
-        )
-        return HeadNormSplit(self.heads, q_norm, k_norm)
+        return self.head_norm_split(prefix)

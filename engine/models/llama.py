@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraplex.engine.models.blocks import FeedForward, HeadNormSplit, HeadSplit, Layer, PreNormLayer
+from loraplex.engine.models.blocks import FeedForward, HeadSplit, Layer, PreNormLayer
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.rope import Rope, no_positions
 
@@ -39,10 +39,7 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
     """Llama with a norm on every head of q and k."""
 
     def make_split(self, prefix: str) -> HeadSplit:
-        q_norm, k_norm = (
-            self.make_norm(f"{prefix}{name}_norm", self.heads.head_dim) for name in "qk"
-        )
-        return HeadNormSplit(self.heads, q_norm, k_norm)
+        return self.head_norm_split(prefix)
 
 
 class SmolLM3ForCausalLM(LlamaForCausalLM):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraplex.engine.models.blocks import HeadNormSplit, HeadSplit, Layer, ParallelLayer
+from loraplex.engine.models.blocks import HeadSplit, Layer, ParallelLayer
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.layers import LayerNorm, Linear, Norm
 from loraplex.engine.models.llama import LlamaForCausalLM
@@ -29,10 +29,7 @@ class PhiForCausalLM(Decoder):
     def make_split(self, prefix: str) -> HeadSplit:
         if not self.config.qk_layernorm:
             return super().make_split(prefix)
-        q_norm, k_norm = (
-            self.make_norm(f"{prefix}{name}_layernorm", self.heads.head_dim) for name in "qk"
-        )
-        return HeadNormSplit(self.heads, q_norm, k_norm)
+        return self.head_norm_split(prefix, "layernorm")
 
     def make_head(self) -> Linear:
         widths = {self.HEAD: self.config.vocab_size}

@@ -43,11 +43,15 @@ class StableLmForCausalLM(Decoder):
             )
             for name, num_heads in (("q", heads.num_heads), ("k", heads.num_kv_heads))
         )
-        return HeadNormSplit(heads, q_norm, k_norm)
+        return _ListedNormSplit(heads, q_norm, k_norm)
 
     @property
     def has_qkv_bias(self) -> bool:
         return self.config.use_qkv_bias
+
+
+class _ListedNormSplit(HeadNormSplit):
+    """Its weights are numbered by head, so that a share of the heads can't be told by shape."""
 
 
 class _ListedLayerNorm(PerHeadLayerNorm):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_config
 from quantised_models import SHAPE
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config
 
@@ -122,3 +123,10 @@ def test_fused_projections_are_refused_by_name():
     with pytest.raises(ValueError, match="tensor_parallel_size=2 .*Phi3ForCausalLM"):
         check_shardable(outline, 2)
     check_shardable(outline, 1)
+
+
+def test_heads_whose_norms_are_numbered_are_not_divided():
+    config = tiny_config("StableLM 2 12B")
+    config.architectures = ["StableLmForCausalLM"]
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 is not supported for StableLm"):
+        check_shardable(outline_model(config), 2)
