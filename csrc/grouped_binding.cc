@@ -22,9 +22,10 @@ GroupedParams grouped_params(const char* function, TensorView out, TensorView va
   scale.has_type(out.dtype()).has_shape({p.out_features, kAny}).is_contiguous();
   p.scales = scales.data_ptr();
   const int64_t groups = scales.size(1);
-  LORAPLEX_REQUIRE(groups > 0 && p.in_features % (groups * kGroupedBlock) == 0)
-      << function << ": scales must be of groups whose size is a multiple of " << kGroupedBlock
-      << ", got " << groups << " groups of " << p.in_features << " inputs";
+  const int block = table.has_value() ? kGroupedBlock4 : kGroupedBlock8;
+  LORAPLEX_REQUIRE(groups > 0 && p.in_features % (groups * block) == 0)
+      << function << ": scales must be of groups whose size is a multiple of " << block << ", got "
+      << groups << " groups of " << p.in_features << " inputs";
   p.group_size = p.in_features / groups;
   if (middles.has_value()) {
     const Argument middle{function, "middles", middles.value()};

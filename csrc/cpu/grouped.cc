@@ -7,8 +7,6 @@
 namespace loraplex::LORAPLEX_ISA {
 namespace {
 
-constexpr int kBlock = kGroupedBlock;
-constexpr int kBlockVectors = kBlock / kLanes;
 // Rows of x that are multiplied at a time, by weights that are decoded once.
 constexpr int kMaxRows = kManyRegisters ? 8 : 4;
 
@@ -35,34 +33,34 @@ LORAPLEX_INLINE IntVec load_bytes(const uint8_t* p) {
   return load_bits(reinterpret_cast<const Float8*>(p));
 }
 
-// Each decodes kBlock weights from their bytes.
+// Each decodes a block of weights, so many vectors, from their bytes.
 struct Table4 {
-  static constexpr int kBytes = kBlock / 2;
+  static constexpr int kBlock = kGroupedBlock4, kVectors = kBlock / kLanes, kBytes = kBlock / 2;
   LORAPLEX_INLINE static void decode(const uint8_t* bytes, const float* table, Vec* weights) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kBlockVectors / 2; ++v) {
+    for (int v = 0; v < kVectors / 2; ++v) {
       const IntVec pairs = load_bytes(bytes + v * kLanes);
       weights[v] = look_up(table, pairs & 15);
-      weights[v + kBlockVectors / 2] = look_up(table, pairs >> 4);
+      weights[v + kVectors / 2] = look_up(table, pairs >> 4);
     }
   }
 };
 
 struct Int8 {
-  static constexpr int kBytes = kBlock;
+  static constexpr int kBlock = kGroupedBlock8, kVectors = kBlock / kLanes, kBytes = kBlock;
   LORAPLEX_INLINE static void decode(const uint8_t* bytes, const float*, Vec* weights) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kBlockVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       weights[v] = __builtin_convertvector(load_bytes(bytes + v * kLanes) - 128, Vec);
     }
   }
 };
 
 struct Float8Weights {
-  static constexpr int kBytes = kBlock;
+  static constexpr int kBlock = kGroupedBlock8, kVectors = kBlock / kLanes, kBytes = kBlock;
   LORAPLEX_INLINE static void decode(const uint8_t* bytes, const float*, Vec* weights) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kBlockVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       weights[v] = load(reinterpret_cast<const Float8*>(bytes + v * kLanes));
     }
   }
@@ -77,18 +75,18 @@ LORAPLEX_INLINE float to_float(BFloat16 x) {
 template <class Code, class T, class F>
 LORAPLEX_INLINE void for_each_block(const GroupedParams& p, int64_t n, F f) {
   const int64_t groups = p.in_features / p.group_size;
-  const uint8_t* bytes = p.values + n * (p.in_features / kBlock) * Code::kBytes;
+  const uint8_t* bytes = p.values + n * (p.in_features / Code::kBlock) * Code::kBytes;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t group = n * groups + g;
     const Vec scale = broadcast(to_float(static_cast<const T*>(p.scales)[group]));
     const Vec middle =
         p.middles ? broadcast(to_float(static_cast<const T*>(p.middles)[group])) : Vec{};
-    for (int64_t k = g * p.group_size; k < (g + 1) * p.group_size; k += kBlock) {
-      Vec weights[kBlockVectors];
+    for (int64_t k = g * p.group_size; k < (g + 1) * p.group_size; k += Code::kBlock) {
+      Vec weights[Code::kVectors];
       Code::decode(bytes, p.table, weights);
       bytes += Code::kBytes;
 #pragma GCC unroll 8
-      for (int v = 0; v < kBlockVectors; ++v) weights[v] = weights[v] * scale + middle;
+      for (int v = 0; v < Code::kVectors; ++v) weights[v] = weights[v] * scale + middle;
       f(k, weights);
     }
   }
@@ -100,7 +98,7 @@ void multiply(const GroupedParams& p, int64_t n, int64_t first_row) {
   Vec sums[R][2] = {};
   for_each_block<Code, T>(p, n, [&](int64_t k, const Vec* weights) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kBlockVectors; ++v) {
+    for (int v = 0; v < Code::kVectors; ++v) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         sums[r][v & 1] += weights[v] * load(x + r * p.in_features + k + v * kLanes);
@@ -139,7 +137,7 @@ void expand_all(const GroupedParams& p) {
     T* out = static_cast<T*>(p.out) + n * p.in_features;
     for_each_block<Code, T>(p, n, [&](int64_t k, const Vec* weights) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kBlockVectors; ++v) store(out + k + v * kLanes, weights[v]);
+      for (int v = 0; v < Code::kVectors; ++v) store(out + k + v * kLanes, weights[v]);
     });
   }
 }

@@ -156,9 +156,9 @@ struct SampleParams {
 constexpr int kMaxVocabSize = (1 << 19) - 8;
 
 // Weights w[n, k] = decode(values[n, k]) * scales[n, g] + middles[n, g], g being the group of k.
-// Those of 4 bits lie in blocks: byte i of a block has weight i in its low bits, and weight
-// i + kGroupedBlock / 2 in its high ones.
-constexpr int kGroupedBlock = 32;
+// Groups are of whole blocks. Byte i of a block of 4 bits has weight i in its low bits, and weight
+// i + kGroupedBlock4 / 2 in its high ones.
+constexpr int kGroupedBlock4 = 32, kGroupedBlock8 = 16;
 
 enum class GroupedCode { kTable4, kInt8, kFloat8 };  // 8 bits less 128; float8 e4m3fn
 

@@ -38,18 +38,20 @@ class CpuGrouped:
     """The native library's kernel for few rows; for many, the weights in full and a product of
     those."""
 
-    BLOCK = 32
+    # Inputs, by bits.
+    BLOCKS = {4: 32, 8: 16}
     MAX_ROWS = 16
 
     @staticmethod
     def serves(matrix: GroupedMatrix) -> bool:
-        return matrix.values.is_cpu and matrix.group_size % CpuGrouped.BLOCK == 0
+        block = CpuGrouped.BLOCKS[matrix.code.bits]
+        return matrix.values.is_cpu and matrix.group_size % block == 0
 
     def __init__(self, matrix: GroupedMatrix) -> None:
         self._shape = matrix.values.shape
         values, table = matrix.values, None
         if matrix.code.bits == 4:
-            low, high = values.unflatten(1, (-1, 2, self.BLOCK // 2)).unbind(2)
+            low, high = values.unflatten(1, (-1, 2, self.BLOCKS[4] // 2)).unbind(2)
             values, table = (low | high << 4).flatten(1), matrix.code.table
         scales = matrix.scales.to(matrix.dtype).contiguous()
         middles = None
