@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from loraplex.engine.request import LoRARequest, MergedAdapters
 from loraplex.entrypoints.adapter_places import AdapterPlaces
-from loraplex.entrypoints.lorax_requests import GenerateParameters
+from loraplex.entrypoints.lorax_requests import AdapterParameters
 from loraplex.entrypoints.model_registry import ModelRegistry, adapter_request
 
 
 def find_adapter(
     models: ModelRegistry,
     places: AdapterPlaces,
-    parameters: GenerateParameters,
+    parameters: AdapterParameters,
     bearer_token: str | None,
 ) -> LoRARequest | None:
     """None for the base model. places: where adapters that have no served name may come from.

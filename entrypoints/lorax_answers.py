@@ -41,6 +41,7 @@ class GenerateAnswer:
         body: GenerateRequest,
         prompt_token_ids: list[int],
         lora_request: LoRARequest | None,
+        tokenizer: Tokenizer,
         received_time: float,
         stream: bool,
     ) -> None:
@@ -50,6 +51,7 @@ class GenerateAnswer:
         self._parameters = parameters = body.parameters
         self._prompt_token_ids = prompt_token_ids
         self._lora_request = lora_request
+        self._tokenizer = tokenizer
         self._received_time = received_time
         self._stream = stream
         self._params = parameters.sampling_params(stream)
@@ -79,7 +81,7 @@ class GenerateAnswer:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         encode = msgspec.json.Encoder().encode
-        writer = TokenWriter(self._serving.tokenizer, self._parameters)
+        writer = TokenWriter(self._tokenizer, self._parameters)
         async with aclosing(self._outputs()) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
@@ -125,7 +127,7 @@ class GenerateAnswer:
         return self._body.inputs + text if self._parameters.return_full_text else text
 
     def _sequence(self, output: RequestOutput, completion: CompletionOutput) -> BestOfSequence:
-        writer = TokenWriter(self._serving.tokenizer, self._parameters)
+        writer = TokenWriter(self._tokenizer, self._parameters)
         return BestOfSequence(
             generated_text=self._full_text(completion.text),
             finish_reason=_finish_reason(completion),

@@ -77,13 +77,29 @@ class ResponseFormat(LoraxModel):
         return StructuredOutputsParams(json=self.schema_)
 
 
-class GenerateParameters(LoraxModel):
-    """What a request may ask for; the defaults are LoRAX's."""
+class AdapterParameters(LoraxModel):
+    """Which adapter a request wants."""
 
     adapter_id: str | None = None
     adapter_source: str | None = None
     merged_adapters: MergeParameters | None = None
     api_token: str | None = Field(default=None, repr=False)
+
+    @model_validator(mode="after")
+    def check_adapter(self) -> AdapterParameters:
+        if self.merged_adapters is not None and self.base_or_adapter_id is not None:
+            raise refuse("adapter_id", self.adapter_id, "left out with merged_adapters")
+        return self
+
+    @property
+    def base_or_adapter_id(self) -> str | None:
+        """The adapter's id; None for the base model."""
+        return None if self.adapter_id in (None, "", BASE_MODEL_ID) else self.adapter_id
+
+
+class GenerateParameters(AdapterParameters):
+    """What a request may ask for; the defaults are LoRAX's."""
+
     best_of: Annotated[int, Field(ge=1)] = 1
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
@@ -112,8 +128,6 @@ class GenerateParameters(LoraxModel):
             raise refuse("typical_p", self.typical_p, "1: this server has no typical sampling")
         if self.watermark:
             raise refuse("watermark", True, "false: this server marks no text")
-        if self.merged_adapters is not None and self.base_or_adapter_id is not None:
-            raise refuse("adapter_id", self.adapter_id, "left out with merged_adapters")
         if self.best_of > 1 and not self.samples:
             raise refuse("best_of", self.best_of, "1 without sampling (do_sample=true)")
         if self.best_of > 1 and self.seed is not None:
@@ -127,11 +141,6 @@ class GenerateParameters(LoraxModel):
             return False
         is_shaped = self.top_k is not None or self.top_p < 1
         return self.do_sample or self.temperature != 1 or is_shaped
-
-    @property
-    def base_or_adapter_id(self) -> str | None:
-        """The adapter's id; None for the base model."""
-        return None if self.adapter_id in (None, "", BASE_MODEL_ID) else self.adapter_id
 
     @property
     def wants_tokens(self) -> bool:
@@ -181,6 +190,14 @@ class TokenizeRequest(LoraxModel):
 
     inputs: str
     add_special_tokens: bool = True
+
+
+class EmbedRequest(LoraxModel):
+    """Body of POST /embed."""
+
+    inputs: Annotated[str, Field(min_length=1)]
+    parameters: AdapterParameters = Field(default_factory=AdapterParameters)
+    stream: bool = False
 
 
 def _one_or_several(value: Any) -> Any:

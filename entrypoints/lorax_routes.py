@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
+from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 
 import loraplex
+from loraplex.engine.request import LoRARequest, Service
+from loraplex.engine.sampling_params import SamplingParams
+from loraplex.engine.tokenizer import Tokenizer
 from loraplex.entrypoints.access_log import current_visit
 from loraplex.entrypoints.errors import LoraxError, to_lorax_error
 from loraplex.entrypoints.lorax_adapters import find_adapter
 from loraplex.entrypoints.lorax_answers import GenerateAnswer
 from loraplex.entrypoints.lorax_requests import (
+    AdapterParameters,
     ClassifyRequest,
     CompatGenerateRequest,
+    EmbedRequest,
     GenerateParameters,
     GenerateRequest,
     TokenizeRequest,
@@ -77,6 +83,14 @@ async def info(request: Request) -> Response:
     )
 
 
+@router.post("/embed")
+async def embed(body: EmbedRequest, request: Request) -> Response:
+    """The embedding of a text: the last token's hidden state."""
+    serving: Serving = request.app.state.serving
+    work = _embed(serving, body.inputs, _adapter(request, body.parameters))
+    return json_response({"embeddings": await unless_disconnected(request.receive, work)})
+
+
 @router.post("/classify")
 @router.post("/classify_batch")
 async def classify(body: ClassifyRequest) -> Response:
@@ -99,11 +113,12 @@ async def _generate(
     parameters = body.parameters
     if stream:
         _check_stream(parameters)
-    lora_request = find_adapter(
-        serving.models, request.app.state.adapter_places, parameters, _bearer_token(request)
+    lora_request = _adapter(request, parameters)
+    tokenizer = await serving.tokenizer_of(lora_request)
+    prompt_token_ids = await _encode(serving, body, tokenizer)
+    answer = GenerateAnswer(
+        serving, body, prompt_token_ids, lora_request, tokenizer, received_time, stream
     )
-    prompt_token_ids = await _encode(serving, body)
-    answer = GenerateAnswer(serving, body, prompt_token_ids, lora_request, received_time, stream)
     if stream:
         return EventStream(answer.events(), answer.headers(), to_lorax_error, last=None)
     done = await unless_disconnected(request.receive, answer.whole())
@@ -123,14 +138,31 @@ def _check_stream(parameters: GenerateParameters) -> None:
             raise ValueError(f"{name}={getattr(parameters, name)} is not allowed in a stream")
 
 
-async def _encode(serving: Serving, body: GenerateRequest) -> list[int]:
+async def _encode(serving: Serving, body: GenerateRequest, tokenizer: Tokenizer) -> list[int]:
     if body.parameters.apply_chat_template:
         messages = [{"role": "user", "content": body.inputs}]
-        token_ids = await serving.encode_chat(messages, True, {})
+        token_ids = await serving.encode_chat(messages, True, {}, tokenizer)
     else:
-        token_ids = await serving.encode(body.inputs)
+        token_ids = await serving.encode(body.inputs, tokenizer=tokenizer)
     truncate = body.parameters.truncate
     return token_ids if truncate is None else token_ids[-truncate:]
+
+
+async def _embed(serving: Serving, text: str, lora_request: LoRARequest | None) -> list[float]:
+    tokenizer = await serving.tokenizer_of(lora_request)
+    prompt = await serving.encode(text, tokenizer=tokenizer)
+    params = SamplingParams(pooling="last", temperature=0, detokenize=False)
+    outputs = serving.generate(prompt, params, lora_request, Service(), stream=False)
+    async with aclosing(outputs):
+        async for output in outputs:
+            embedding = output.embedding
+    return embedding or []
+
+
+def _adapter(request: Request, parameters: AdapterParameters) -> LoRARequest | None:
+    state = request.app.state
+    token = _bearer_token(request)
+    return find_adapter(state.serving.models, state.adapter_places, parameters, token)
 
 
 def _bearer_token(request: Request) -> str | None:

@@ -298,6 +298,14 @@ def test_the_response_format_is_what_the_engine_is_asked_for():
             asked(**wrong)
 
 
+def test_what_embed_refuses(server):
+    body = {"inputs": "hello", "parameters": {"adapter_id": "nobody"}}
+    response = httpx.post(f"{server.url}/embed", json=body)
+    assert (response.status_code, response.json()["error_type"]) == (424, "generation")
+    body = {"inputs": "", "parameters": None}
+    assert httpx.post(f"{server.url}/embed", json=body).status_code == 422
+
+
 def test_both_forms_of_the_compatible_route(server):
     for path in ("/", "/invocations"):
         url = f"{server.url}{path}"
