@@ -66,16 +66,19 @@ class AdapterFiles(Protocol):
 
 
 class AdapterStore(Protocol):
-    """Adapters outside the pool: at their sources, on disk, and as images in host memory."""
+    """Adapters outside the pool: at their sources, on disk, and as images in host memory.
+
+    It gets back only files that it gave: AdapterFiles with more to them, which is its own business.
+    """
 
     def identify(self, lora_request: LoRARequest) -> Identity:
         """What a request asks for. Raises ValueError for a reference that is none."""
 
-    def fetch(self, lora_request: LoRARequest, refresh: bool = False) -> Future[AdapterFiles]:
+    def fetch(self, lora_request: LoRARequest, refresh: bool = False) -> Future[Any]:
         """Begin to bring the current version to this machine; ValueError in the future, if it can't
         be had, or not with this token. refresh: no answer counts that was asked for before."""
 
-    def num_pages(self, files: AdapterFiles) -> int | None:
+    def num_pages(self, files: Any) -> int | None:
         """Pages of the image once it is in host memory; None while it is being read.
 
         Starts reading where nobody has yet; the files may be closed already, and are afterwards.
@@ -113,7 +116,7 @@ class AdapterStore(Protocol):
     def stats(self) -> dict[str, Any]:
         """Of host memory, disk and sources, under the names that users see."""
 
-    def delete(self, files: AdapterFiles) -> None:
+    def delete(self, files: Any) -> None:
         """Remove what was downloaded for it from the disk, when nobody reads it."""
 
 

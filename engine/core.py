@@ -89,7 +89,9 @@ def build_device(config: EngineConfig, wake: Callable[[], None]) -> Device:
     from loraplex.engine.device import TorchDevice
     from loraplex.engine.parallel_device import ParallelDevice
 
-    return (TorchDevice if config.tensor_parallel_size == 1 else ParallelDevice)(config, wake)
+    if config.tensor_parallel_size == 1:
+        return TorchDevice(config, wake)
+    return ParallelDevice(config, wake)
 
 
 class EngineCore:

@@ -8,13 +8,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from loraplex.engine.adapter_manager import Identity
 from loraplex.engine.request import LoRARequest
-from loraplex.lora.host_store import HostAdapterStore
+from loraplex.lora.host_store import AdapterFiles, HostAdapterStore
 from loraplex.lora.recipe import Merge, MergeRecipe, Recipe
 from loraplex.lora.sources.fetcher import AdapterFetcher, FetchedAdapter
 from loraplex.lora.sources.reference import parse_adapter_reference
@@ -87,7 +87,7 @@ class PooledAdapters:
             files.close()
         return None if image is None else image.num_pages
 
-    def _open(self, files: FetchedParts) -> Future[FetchedParts]:
+    def _open(self, files: FetchedParts) -> Future[AdapterFiles]:
         """The same files, to be closed on their own; fetched again where they may have gone."""
         opened = []
         for part in files.parts:
@@ -96,7 +96,7 @@ class PooledAdapters:
             else:
                 again = self._fetcher.fetch(part.reference, part.token, identity=part.identity)
                 opened.append(again)
-        return _gather(opened, files.merge)
+        return cast("Future[AdapterFiles]", _gather(opened, files.merge))
 
     def traits(self, version: bytes) -> AdapterTraits:
         return self._store.image(version).traits

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
+from fastapi.routing import APIRoute
 
 from loraplex.engine.core_client import EngineDeadError
 from loraplex.engine.request import LoRARequest
@@ -108,7 +109,7 @@ async def refresh_adapter(body: AdapterName, request: Request) -> Response:
     return json_response(await serving.engine.refresh_adapter(adapter))
 
 
-ADMIN_PATHS = frozenset(route.path for route in router.routes)
+ADMIN_PATHS = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
 
 
 @router.get("/v1/lora_adapters")

@@ -48,4 +48,6 @@ class MessageParser:
         if self._tools is None:
             return [*parts, Content(text)] if text else parts
         parts += self._tools.push(text)
-        return parts + self._tools.finish() if is_final else parts
+        if is_final:
+            parts += self._tools.finish()
+        return parts

@@ -14,7 +14,8 @@ from loraplex.entrypoints.chat_parser import MessageParser
 from loraplex.entrypoints.openai_requests import ChatCompletionRequest
 from loraplex.entrypoints.reasoning_formats import ReasoningFormat, choose_reasoning_format
 from loraplex.entrypoints.serving import Serving
-from loraplex.entrypoints.tool_formats import ToolFormat, choose_tool_format
+from loraplex.entrypoints.tool_formats import choose_tool_format
+from loraplex.entrypoints.tool_formats.base import ToolFormat
 
 # Tokens at the end of a prompt among which the beginning of the reasoning would be.
 NUM_LAST_TOKENS = 8

@@ -48,7 +48,7 @@ class Gate:
         headers = dict(scope["headers"])
         visit = Visit(scope, headers, send)
         tracer = self._tracer
-        span = tracer and tracer.start(scope["method"], scope["path"], headers)
+        span = None if tracer is None else tracer.start(scope["method"], scope["path"], headers)
         try:
             visit.caller = self._authenticate(scope, headers)
             self._check_length(headers)

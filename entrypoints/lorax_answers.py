@@ -143,7 +143,7 @@ class GenerateAnswer:
         return [
             PrefillToken(
                 token_id,
-                self._serving.token_text(token_id, entry and entry[token_id]),
+                self._serving.token_text(token_id, entry[token_id] if entry else None),
                 entry[token_id].logprob if entry else None,
             )
             for token_id, entry in entries

@@ -151,6 +151,7 @@ class GenerateParameters(AdapterParameters):
         """Raises ValueError for a value that is not allowed."""
         seed = secrets.randbits(64) if self.seed is None and self.samples else self.seed
         needs_logprobs = stream or self.wants_tokens or self.best_of > 1
+        form = self.response_format
         return SamplingParams(
             n=self.best_of,
             temperature=self.temperature if self.samples else 0.0,
@@ -166,7 +167,7 @@ class GenerateParameters(AdapterParameters):
             ignore_eos=self.ignore_eos_token,
             logprobs=(self.return_k_alternatives or 0) if needs_logprobs else None,
             prompt_logprobs=0 if self.decoder_input_details else None,
-            structured_outputs=self.response_format and self.response_format.structured_outputs(),
+            structured_outputs=None if form is None else form.structured_outputs(),
             # A stream's tokens get their text one by one; the stop strings need all of it.
             detokenize=not stream or bool(self.stop),
         )

@@ -6,6 +6,7 @@ import time
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 import loraplex
 from loraplex.engine.request import LoRARequest, Service
@@ -102,7 +103,9 @@ async def classify(body: ClassifyRequest) -> Response:
 
 
 # Of /tokenize, openai_tokenize has the route.
-PATHS = frozenset({"/tokenize", *(route.path for route in router.routes)})
+PATHS = frozenset(
+    {"/tokenize", *(route.path for route in router.routes if isinstance(route, APIRoute))}
+)
 
 
 async def _generate(

@@ -29,7 +29,7 @@ class ReasoningFormat:
             "end": self.end,
         }
         blanks = {"type": "regex", "pattern": "\\n{0,2}"}
-        reasoning = {"type": "sequence", "elements": [tag, blanks]}
+        reasoning: dict[str, Any] = {"type": "sequence", "elements": [tag, blanks]}
         if not is_open:
             reasoning = {"type": "optional", "content": reasoning}
         return {"type": "sequence", "elements": [reasoning, answer]}

@@ -53,7 +53,7 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
     if config.access_log:
         start_access_log()
     provider = None if config.otlp_endpoint is None else otlp_provider(config.otlp_endpoint)
-    tracer = provider and Tracer(provider)
+    tracer = None if provider is None else Tracer(provider)
     _allow_many_connections()
     with contextlib.ExitStack() as stack:
         listeners = [

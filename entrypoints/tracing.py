@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from loraplex.engine.outputs import RequestMetrics
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Span, TracerProvider
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
 
 
 def otlp_provider(endpoint: str) -> TracerProvider:

@@ -50,7 +50,7 @@ def place_ends(
             )
         if "tokens" in module.tensors:
             own = _replace_rows(module, tensors, is_head, spec, config)
-            weights = replace(weights, **{"head" if is_head else "embedding": own})
+            weights = _with_end(weights, own, is_head)
             assert spec.head is not None
             if spec.is_tied and not is_head and spec.head.path not in names:
                 tied = _replace_rows(module, tensors, True, spec, config)
@@ -65,8 +65,12 @@ def place_ends(
             end = EndWeights(
                 tensors(module.tensor_a), tensors(module.tensor_b), scaling=module.scaling
             )
-        weights = replace(weights, **{"head" if is_head else "embedding": end})
+        weights = _with_end(weights, end, is_head)
     return weights
+
+
+def _with_end(weights: AdapterWeights, end: EndWeights, is_head: bool) -> AdapterWeights:
+    return replace(weights, head=end) if is_head else replace(weights, embedding=end)
 
 
 def _replace_rows(

@@ -42,8 +42,9 @@ class Merge:
 
 
 def is_finite_number(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:

@@ -18,7 +18,7 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 
 
 class HermesFormat:
-    markers = (BEGIN,)
+    markers: tuple[str, ...] = (BEGIN,)
     opening = ""
     special_tokens = False
 

@@ -18,7 +18,10 @@ SEPARATORS = " \t\r\n;,"
 
 
 class Llama3Format:
-    markers = ('{"name": function name, "parameters": dictionary', "<|python_tag|>")
+    markers: tuple[str, ...] = (
+        '{"name": function name, "parameters": dictionary',
+        "<|python_tag|>",
+    )
     opening = ""
     special_tokens = False
 

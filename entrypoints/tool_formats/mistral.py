@@ -16,7 +16,7 @@ SEPARATORS = " \t\r\n[],"
 
 
 class MistralFormat:
-    markers = (BEGIN,)
+    markers: tuple[str, ...] = (BEGIN,)
     opening = BEGIN
     special_tokens = True
 
