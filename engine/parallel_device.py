@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import secrets
 import signal
 import subprocess
 import sys
@@ -17,10 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraplex.engine.config import EngineConfig
@@ -36,6 +37,7 @@ from loraplex.lora.sources.fetcher import AdapterFetcher
 
 # How long, in seconds, a worker may take to end by itself.
 PATIENCE = 10.0
+GONE = "a tensor-parallel worker is gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Copy:
     """Of an adapter: its pages, uint8 [num_pages, page_bytes], to these of the pool."""
 
     pages: list[int]
-    data: torch.Tensor
+    data: npt.NDArray[np.uint8]
 
 
 class Workers:
@@ -67,30 +69,30 @@ class Workers:
         count = config.tensor_parallel_size
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        key = secrets.token_bytes(16)
         # Not by multiprocessing, which would run the user's main module again; and not by -m, which
         # would give the messages' classes other names.
         command = [sys.executable, "-c", f"from {__name__} import run_worker; run_worker()"]
         threads = str(max(1, torch.get_num_threads() // count))
-        with Listener(str(directory / "workers"), "AF_UNIX", authkey=key) as listener:
-            for index in range(1, count):
-                process = subprocess.Popen(
-                    [*command, str(listener.address)],
-                    stdin=subprocess.PIPE,
-                    env={**os.environ, "OMP_NUM_THREADS": threads},
-                )
-                self._processes.append(process)
-                assert process.stdin is not None
-                process.stdin.write(key)
-                process.stdin.close()
-                connection = listener.accept()
-                connection.send(Start(config, Shard(index, count), directory))
-                self._connections.append(connection)
+        for index in range(1, count):
+            ours, theirs = Pipe()
+            process = subprocess.Popen(
+                [*command, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": threads},
+            )
+            theirs.close()
+            ours.send(Start(config, Shard(index, count), directory))
+            self._processes.append(process)
+            self._connections.append(ours)
 
     def await_start(self) -> None:
         """Raises what kept a worker from starting."""
         for connection in self._connections:
-            error = connection.recv()
+            try:
+                error = connection.recv()
+            except EOFError:
+                error = RuntimeError(GONE)
             if error is not None:
                 raise error
 
@@ -103,7 +105,7 @@ class Workers:
     def send_copy(self, pages: list[int], pages_of: Callable[[int], torch.Tensor]) -> None:
         """To each the pages of its share."""
         for index, connection in enumerate(self._connections, start=1):
-            message = Copy(pages, pages_of(index))
+            message = Copy(pages, pages_of(index).numpy())
             _send(connection, pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
     def close(self, patience: float = PATIENCE) -> None:
@@ -121,7 +123,7 @@ def _send(connection: Connection, data: bytes) -> None:
     try:
         connection.send_bytes(data)
     except OSError as error:
-        raise RuntimeError("a tensor-parallel worker is gone") from error
+        raise RuntimeError(GONE) from error
 
 
 class ParallelRunner:
@@ -199,9 +201,10 @@ class ParallelDevice:
 
 def run_worker() -> None:
     """The process: do what comes, until nobody speaks any more."""
-    # It reaches the first process, too, which ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = Client(sys.argv[1], "AF_UNIX", authkey=sys.stdin.buffer.read())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Both reach the whole group of processes, and the first may have work left for this one.
+        signal.signal(number, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
     start = connection.recv()
     try:
         device = TorchDevice(start.config, lambda: None, start.shard, start.directory)
@@ -218,4 +221,5 @@ def run_worker() -> None:
             device.runner.launch(message.batch)
         else:
             pages = torch.tensor(message.pages, device=device.memory.device)
-            device.memory.index_copy_(0, pages, message.data.to(device.memory.device))
+            data = torch.from_numpy(message.data).to(device.memory.device)
+            device.memory.index_copy_(0, pages, data)
