@@ -24,7 +24,7 @@ class Awq:
     """The method's settings."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self._bits = check_setting(config, "bits", (4,), 4)
+        check_setting(config, "bits", (4,), 4)
         self._group_size = check_group_size(config)
         check_setting(config, "version", ("gemm", "GEMM"), "gemm")
         check_setting(config, "zero_point", (True,), True)
