@@ -33,9 +33,13 @@ async def show_pool(request: Request) -> Response:
 
 @router.get("/metrics")
 async def show_metrics(request: Request) -> Response:
-    """For Prometheus. Without the core's numbers while it can't give them."""
+    """For Prometheus, or as JSON where that is asked for, as of LoRAX. Without the core's numbers
+    while it can't give them."""
     serving: Serving = request.app.state.serving
-    text = serving.metrics.render(await _ask_core(serving.engine))
+    core = await _ask_core(serving.engine)
+    if "application/json" in request.headers.get("accept", ""):
+        return json_response(serving.metrics.as_json(core))
+    text = serving.metrics.render(core)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from loraplex.engine.outputs import RequestOutput
 
@@ -176,6 +177,11 @@ def _renamed(metric: Metric, name: str) -> Metric:
     return renamed
 
 
+def _sample_key(sample: Sample) -> str:
+    labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items())
+    return f"{sample.name}{{{labels}}}" if labels else sample.name
+
+
 class ServerMetrics:
     """Counts of one server. A registry of its own, so that two servers may share a process."""
 
@@ -275,6 +281,20 @@ class ServerMetrics:
         """The text that Prometheus reads. core: its stats and adapters, if it can tell."""
         self._core.stats, self._core.adapters = core or (None, [])
         return generate_latest(self._registry) + generate_latest(self._aliases)
+
+    def as_json(
+        self, core: tuple[dict[str, Any], list[dict[str, Any]]] | None
+    ) -> dict[str, dict[str, Any]]:
+        """The same in LoRAX's form: by name, the type and the samples."""
+        self._core.stats, self._core.adapters = core or (None, [])
+        metrics = [*self._registry.collect(), *self._aliases.collect()]
+        return {
+            metric.name: {
+                "type": metric.type,
+                "data": [{"key": _sample_key(s), "value": s.value} for s in metric.samples],
+            }
+            for metric in metrics
+        }
 
     def _observe_times(self, output: RequestOutput, num_tokens: float) -> None:
         times = output.metrics

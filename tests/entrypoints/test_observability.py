@@ -83,6 +83,16 @@ def test_adapters_by_name_in_metrics():
     assert "loraplex_pages{" not in text
 
 
+def test_metrics_as_json(server):
+    httpx.post(f"{server.url}/generate", json={"inputs": "hello"})
+    answer = httpx.get(f"{server.url}/metrics", headers={"accept": "application/json"}).json()
+    assert answer["loraplex_pages"]["type"] == "gauge"
+    pages = {sample["key"]: sample["value"] for sample in answer["loraplex_pages"]["data"]}
+    assert pages['loraplex_pages{state="free"}'] == 10
+    (count,) = answer["lorax_queue_length"]["data"]
+    assert count == {"key": "lorax_queue_length", "value": 0}
+
+
 def test_the_pool(server):
     pool = httpx.get(f"{server.url}/admin/pool").json()
     assert pool["stats"]["pages_total"] == 10
