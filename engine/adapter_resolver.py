@@ -132,8 +132,7 @@ class AdapterResolver:
         if old is not None and old.adapter is not adapter:
             self._drop(identity, old.adapter)
         if len(self._answers) > MAX_NUM_ANSWERS:
-            oldest, answer = self._answers.popitem(last=False)
-            self._drop(oldest, answer.adapter)
+            self._drop_oldest()
 
     def expire(self, identity: Identity) -> None:
         """All others that read the same, with whatever token, ask again."""
@@ -174,6 +173,14 @@ class AdapterResolver:
             self._on_answer()
 
         self._store.fetch(question.lora_request).add_done_callback(note)
+
+    def _drop_oldest(self) -> None:
+        """Forget the answer that nobody has used for longest; what is pinned stays."""
+        for identity, answer in self._answers.items():
+            if answer.adapter.pinned_tier is None:
+                del self._answers[identity]
+                self._drop(identity, answer.adapter)
+                return
 
     def _drop(self, identity: Identity, adapter: Adapter) -> None:
         adapter.identities.remove(identity)

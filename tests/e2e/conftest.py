@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from adapter_stores import AdapterMaker, hub_server
+from fake_hub import FakeHub
+from faulty_server import FaultyServer
 from transformers import AutoTokenizer
 
 from loraplex.benchmarks.synthetic_adapters import write_adapter
+from loraplex.benchmarks.synthetic_model import write_model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.models.locate import locate_model
 from loraplex.engine.models.registry import lora_spec
@@ -47,3 +52,25 @@ def long_text_ids(model_path: Path) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     text = (Path(__file__).parents[2] / "LICENSE").read_text()
     return tokenizer(text).input_ids
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny one, of random weights."""
+    return write_model(tmp_path_factory.mktemp("model"), "tiny")
+
+
+@pytest.fixture
+def make(model: Path, tmp_path: Path) -> AdapterMaker:
+    return AdapterMaker(model, tmp_path / "adapters")
+
+
+@pytest.fixture
+def hub() -> FakeHub:
+    return FakeHub()
+
+
+@pytest.fixture
+def server(hub: FakeHub) -> Iterator[FaultyServer]:
+    with hub_server(hub) as server:
+        yield server

@@ -8,38 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from adapter_stores import PROMPT, AdapterMaker, generate, hub_server, s3_server, tiny_llm
-from fake_hub import FakeHub
+from adapter_stores import PROMPT, generate, s3_server, tiny_llm
 from faulty_server import FaultyServer
 
 from loraplex import LLM, LoRARequest, SamplingParams
-from loraplex.benchmarks.synthetic_model import write_model
 from loraplex.engine.core import EngineCore
 from loraplex.engine.request import EngineRequest
 from loraplex.lora import host_store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"), "tiny")
-
-
-@pytest.fixture
-def make(model: Path, tmp_path: Path) -> AdapterMaker:
-    return AdapterMaker(model, tmp_path / "adapters")
-
-
-@pytest.fixture
-def hub() -> FakeHub:
-    return FakeHub()
-
-
-@pytest.fixture
-def server(hub: FakeHub) -> Iterator[FaultyServer]:
-    with hub_server(hub) as server:
-        yield server
 
 
 @pytest.fixture

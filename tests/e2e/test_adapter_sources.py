@@ -8,35 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from adapter_stores import PARAMS, PROMPT, AdapterMaker, generate, hub_server, s3_server, tiny_llm
-from fake_hub import FakeHub
+from adapter_stores import PARAMS, PROMPT, generate, s3_server, tiny_llm
 from faulty_server import FaultyServer
 
 from loraplex import LLM, LoRARequest
-from loraplex.benchmarks.synthetic_model import write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"), "tiny")
-
-
-@pytest.fixture
-def make(model: Path, tmp_path: Path) -> AdapterMaker:
-    return AdapterMaker(model, tmp_path / "adapters")
-
-
-@pytest.fixture
-def hub() -> FakeHub:
-    return FakeHub()
-
-
-@pytest.fixture
-def server(hub: FakeHub) -> Iterator[FaultyServer]:
-    with hub_server(hub) as server:
-        yield server
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from fake_device import expected_tokens, fake_core, run_to_end, tokens_of
 from versioned_adapters import PATH, finish, request_of, tokens_of_version
 
+from loraplex.engine import adapter_resolver
 from loraplex.engine import core as core_module
 from loraplex.engine.adapter_resolver import AdapterResolver
 from loraplex.engine.request import EngineOutput, FinishReason, RequestError, Service
@@ -167,6 +168,19 @@ def test_a_version_that_is_gone_is_replaced_for_those_that_wait():
     assert tokens_of(outputs) == tokens_of_version(again, 1)
     assert outputs[0].num_cached_tokens == 8
     assert [a.version for a in core._adapters] == [f"{PATH}@1".encode()]
+
+
+def test_answers_are_bounded_and_pins_outlast_them(monkeypatch):
+    monkeypatch.setattr(adapter_resolver, "MAX_NUM_ANSWERS", 3)
+    core = fake_core(num_pages=50)
+    operation = core.preload_adapter(request_of("r").lora_request, pin=True)
+    run_to_end(core)
+    operation.result(0)
+    for name in "bcde":
+        finish(core, request_of("r", adapter=name))
+        core.check_integrity()
+    assert sorted(a["lora_name"] for a in core.adapters()) == ["a", "d", "e"]
+    assert core.stats()["pages_adapter_idle"] == 4
 
 
 def test_a_new_version_takes_over_and_the_old_one_leaves_nothing(clock: Clock):
