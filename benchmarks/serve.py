@@ -260,7 +260,7 @@ def own_server(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[Ow
             port = probe.getsockname()[1]
         command = [
             *(sys.executable, "-m", "loraplex.entrypoints.cli", "serve", model, *model_flags),
-            *("--port", str(port), "--log-level", "warning", *flags),
+            *("--port", str(port), "--log-level", "warning", "--no-access-log", *flags),
             *(["--lora-modules", *(f"{path.name}={path}" for path in paths)] if paths else []),
         ]
         process = subprocess.Popen(command, stdout=sys.stderr)
