@@ -32,6 +32,10 @@ COMMANDS = {
         "Generate text without a server.",
         "loraplex.entrypoints.generate", "add_generate_arguments", "run_generate",
     ),
+    "run-batch": Command(
+        "Answer a file of OpenAI requests without a server.",
+        "loraplex.entrypoints.run_batch", "add_run_batch_arguments", "run_run_batch",
+    ),
     "adapters": Command(
         "Look at adapters.",
         "loraplex.entrypoints.adapters", "add_adapters_arguments", "run_adapters",

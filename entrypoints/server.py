@@ -8,7 +8,7 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import uvicorn
@@ -48,7 +48,7 @@ def run_server(engine: AsyncEngine, config: ServerConfig) -> None:
 
 async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
     # What can be wrong here is told before a model is loaded for minutes.
-    adapters = [_parse_module(name, path) for name, path in config.adapter_paths()]
+    adapters = adapters_of(config)
     keys = make_key_ring(config)
     if config.access_log:
         start_access_log()
@@ -65,22 +65,10 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
             await unless(signals.first.wait(), engine.start())
             if signals.first.is_set():
                 return
-            names = config.served_model_name or [engine.model_info.model_name]
-            models = ModelRegistry(
-                names, engine.config.model, engine.model_info.max_model_len, adapters
-            )
-            metrics = ServerMetrics()
-            prepare = partial(_preload_adapters, engine, models, config)
+            serving = make_serving(engine, config, adapters)
+            prepare = partial(_preload_adapters, engine, serving.models, config)
             await prepare()
-            supervisor = Supervisor(engine, metrics.engine_restarts, prepare)
-            serving = Serving(
-                engine,
-                models,
-                metrics,
-                config.limits,
-                config.tool_call_parser,
-                config.reasoning_parser,
-            )
+            supervisor = Supervisor(engine, serving.metrics.engine_restarts, prepare)
             has_two = config.admin_port is not None
             apps = [
                 build_app(serving, config, keys, modules, tracer)
@@ -94,6 +82,27 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
             await engine.shutdown()
             if provider is not None:
                 await asyncio.to_thread(provider.shutdown)
+
+
+def adapters_of(config: ServerConfig) -> list[LoRARequest]:
+    """Those that are served from the start. Raises ValueError for a reference that is none."""
+    return [_parse_module(name, path) for name, path in config.adapter_paths()]
+
+
+def make_serving(
+    engine: AsyncEngine, config: ServerConfig, adapters: Sequence[LoRARequest]
+) -> Serving:
+    """What the routes need, over a started engine."""
+    names = config.served_model_name or [engine.model_info.model_name]
+    models = ModelRegistry(names, engine.config.model, engine.model_info.max_model_len, adapters)
+    return Serving(
+        engine,
+        models,
+        ServerMetrics(),
+        config.limits,
+        config.tool_call_parser,
+        config.reasoning_parser,
+    )
 
 
 def _parse_module(name: str, path: str) -> LoRARequest:
