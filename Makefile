@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## Serve the embedded model with its demo adapters and 
 test: $(VENV)/installed  ## Run the tests, against the installed package.
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/installed  ## Run the tests that take minutes.
+test-slow: $(VENV)/installed $(VENV)/clients  ## Run the tests that take minutes.
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(VENV)/installed  ## Run the tests that need an NVIDIA GPU; elsewhere they are skipped.
@@ -52,6 +52,12 @@ $(VENV)/dependencies: pyproject.toml tools/list_dependencies.py
 	$(PIP) --no-deps 'lorax-client>=0.6.3,<0.7'
 # It declares triton, hundreds of megabytes that only torch for CUDA needs, and brings by itself.
 	$(PIP) --no-deps 'xgrammar>=0.2.8,<0.3'
+	touch $@
+
+# Clients that slow tests use: some hundred megabytes.
+$(VENV)/clients: $(VENV)/dependencies
+	$(BIN)/python tools/list_dependencies.py clients > $(VENV)/clients.txt
+	$(PIP) -r $(VENV)/clients.txt
 	touch $@
 
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)

@@ -78,9 +78,12 @@ class ChatAnswer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         encode = msgspec.json.Encoder().encode
         writers = [self._writer() for _ in range(self._plan.params.n)]
+        chunk_usage: Usage | None | msgspec.UnsetType
         chunk_usage = None if self._body.include_usage else UNSET
         async with aclosing(self._outputs(stream=True)) as outputs:
             async for output in outputs:
+                if self._body.counts_in_chunks:
+                    chunk_usage = count_usage([output])
                 for completion in output.outputs:
                     choice = self._chunk(writers[completion.index], completion)
                     if choice is not None:

@@ -90,10 +90,13 @@ class CompletionAnswer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         encode = msgspec.json.Encoder().encode
         latest: dict[int, RequestOutput] = {}
+        chunk_usage: Usage | None | msgspec.UnsetType
         chunk_usage = None if self._body.include_usage else UNSET
         async with aclosing(self._outputs(stream=True)) as outputs:
             async for index, output in outputs:
                 latest[index] = output
+                if self._body.counts_in_chunks:
+                    chunk_usage = count_usage(latest.values(), self._body.scores_prompt_only)
                 for choice in self._write(index, output):
                     yield encode(self._message([choice], chunk_usage))
         if self._body.include_usage:

@@ -55,6 +55,8 @@ NEUTRAL_MESSAGE_VALUES: dict[str, tuple[Any, ...]] = {
 
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """vLLM's: with include_usage, every chunk has the counts so far."""
     include_obfuscation: bool | None = None
     """Padding against listeners who know lengths; false is what happens."""
 
@@ -136,6 +138,13 @@ class GenerationRequest(StrictModel):
     def include_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def counts_in_chunks(self) -> bool:
+        """Whether every chunk of a stream has the token counts so far."""
+        return self.include_usage and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
 
     def service(self) -> Service:
         """Raises ValueError for a value that is not allowed."""

@@ -71,6 +71,18 @@ def test_calls_and_their_results_reach_the_template(client):
     assert answer.choices[0].message.content == f"add, now, {expected}"
 
 
+def test_counts_in_every_chunk(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for pieces in (
+        client.chat.completions.create(
+            model="fake", messages=ask("hi"), stream=True, stream_options=options
+        ),
+        client.completions.create(model="fake", prompt="hi", stream=True, stream_options=options),
+    ):
+        counts = [piece.usage.completion_tokens for piece in pieces]
+        assert counts == sorted(counts) and counts[0] < counts[-1]
+
+
 def test_reasoning_is_set_apart(client):
     messages = [{"role": "assistant", "content": "x"}]
     options = {
