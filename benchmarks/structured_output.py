@@ -22,9 +22,9 @@ from loraplex.benchmarks.results import write_result
 KINDS = ("book", "city", "recipe", "planet", "employee", "invoice", "song", "animal")
 
 
-def make_schema(number: int, round_number: int) -> dict[str, Any]:
-    """No two are alike, in names or in shape."""
-    text = {"type": "string", "maxLength": 24}
+def make_schema(number: int, round_number: int, max_length: int | None) -> dict[str, Any]:
+    """No two are alike, in names or in shape. max_length: of their strings, if it is bounded."""
+    text = {"type": "string", **({} if max_length is None else {"maxLength": max_length})}
     properties: dict[str, Any] = {
         f"title_{number}_{round_number}": text,
         "count": {"type": "integer", "minimum": 0, "maximum": 10 + number},
@@ -52,7 +52,7 @@ def conforms(value: Any, schema: dict[str, Any]) -> bool:
         return value in schema["enum"]
     match schema["type"]:
         case "string":
-            return isinstance(value, str) and len(value) <= schema["maxLength"]
+            return isinstance(value, str) and len(value) <= schema.get("maxLength", len(value))
         case "integer":
             is_integer = isinstance(value, int) and not isinstance(value, bool)
             return is_integer and schema["minimum"] <= value <= schema["maximum"]
@@ -83,9 +83,12 @@ def run(llm: LLM, prompts: list[Any], params: list[SamplingParams]) -> tuple[flo
     return sum(len(c.token_ids) for c in completions) / seconds, completions
 
 
-def run_round(llm: LLM, prompts: list[Any], number: int, max_tokens: int) -> dict[str, Any]:
-    """Rates of one round, and how many outputs of the runs with schemas were valid."""
-    schemas = [make_schema(i, number) for i in range(len(prompts))]
+def run_round(
+    llm: LLM, prompts: list[Any], number: int, max_tokens: int, max_length: int | None
+) -> dict[str, Any]:
+    """Rates of one round; how many outputs of the runs with schemas came to their end before
+    max_tokens, and how many of those were valid."""
+    schemas = [make_schema(i, number, max_length) for i in range(len(prompts))]
     structured = [
         SamplingParams(
             temperature=0,
@@ -102,24 +105,28 @@ def run_round(llm: LLM, prompts: list[Any], number: int, max_tokens: int) -> dic
         prompts,
         [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths],
     )
-    num_valid = sum(
-        completion.finish_reason == "stop" and conforms(json.loads(completion.text), schema)
+    finished = [
+        (completion, schema)
         for completion, schema in zip(completions + again, schemas * 2, strict=True)
-    )
+        if completion.finish_reason == "stop"
+    ]
+    num_valid = sum(conforms(json.loads(c.text), schema) for c, schema in finished)
     return {
         "tokens": sum(lengths),
         "new_schemas_tokens_per_cpu_s": round(new_rate, 1),
         "known_schemas_tokens_per_cpu_s": round(rate, 1),
         "no_schemas_tokens_per_cpu_s": round(plain_rate, 1),
-        "valid": num_valid,
         "outputs": 2 * len(prompts),
+        "finished": len(finished),
+        "valid": num_valid,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-requests", type=int, default=32)
-    parser.add_argument("--max-tokens", type=int, default=400)
+    parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--max-length", type=int, default=None, help="Bound on every string.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--output", type=Path, default=None, help="File to write; default: results/."
@@ -133,9 +140,9 @@ def main() -> None:
             )
             for i in range(arguments.num_requests)
         ]
-        run_round(llm, prompts, -1, 40)
+        run_round(llm, prompts, -1, 40, arguments.max_length)
         rounds = [
-            run_round(llm, prompts, number, arguments.max_tokens)
+            run_round(llm, prompts, number, arguments.max_tokens, arguments.max_length)
             for number in range(arguments.rounds)
         ]
     medians = {
