@@ -13,7 +13,8 @@ def test_adapters_are_counted_by_name():
         'a"b': {key: i for i, key in enumerate(ADAPTER_COUNTERS)},
         "c": dict.fromkeys(ADAPTER_COUNTERS, 9),
     }
-    text = ServerMetrics().render({**PAGES, "adapters": adapters, "host_adapter_bytes": 5}).decode()
+    stats = {**PAGES, "pages_total": 5, "adapters": adapters, "host_adapter_bytes": 5}
+    text = ServerMetrics().render((stats, [])).decode()
     assert 'loraplex_adapter_misses_by_name_total{adapter="a\\"b"} 1.0' in text
     assert 'loraplex_adapter_failures_by_name_total{adapter="c"} 9.0' in text
     assert "loraplex_host_adapter_bytes 5.0" in text
