@@ -30,7 +30,7 @@ check: $(VENV)/installed  ## Lint, format and type checks.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
-	$(BIN)/mypy -p loraplex.engine -p loraplex.attention -p loraplex.lora -p loraplex.entrypoints -p loraplex.native
+	$(BIN)/python -m mypy -p loraplex.engine -p loraplex.attention -p loraplex.lora -p loraplex.entrypoints -p loraplex.native
 
 format: $(VENV)/dependencies  ## Format all code.
 	$(BIN)/ruff check --fix .
