@@ -130,6 +130,19 @@ class GrammarCompiler:
 
         tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_path)
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=self._vocab_size)
+        # Special tokens are left out of the text, and so they must not pass for what they are
+        # called. One without text is never admitted.
+        vocab, special_ids = [""] * self._vocab_size, set(tokenizer.all_special_ids)
+        for text, token_id in tokenizer.get_vocab().items():
+            if token_id < self._vocab_size and token_id not in special_ids:
+                vocab[token_id] = text
+        info = xgrammar.TokenizerInfo(
+            vocab,
+            vocab_type=info.vocab_type,
+            vocab_size=self._vocab_size,
+            stop_token_ids=info.stop_token_ids,
+            add_prefix_space=info.add_prefix_space,
+        )
         return xgrammar.GrammarCompiler(
             info,
             max_threads=max(1, (os.cpu_count() or 1) // 4),

@@ -22,6 +22,7 @@ from fake_device import (
     tokens_of,
 )
 from tiny_tokenizer import write_tokenizer
+from transformers import AutoTokenizer
 
 from loraplex.engine import grammar, sampler
 from loraplex.engine.core import EngineCore
@@ -220,6 +221,23 @@ def test_json_objects_are_objects(tokenizer_path):
     mask = np.zeros(found.mask_words, np.int32)
     found.fill_mask(mask)
     assert np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")) == [ord("{")]
+    compiler.close()
+
+
+def test_special_tokens_do_not_pass_for_their_names(tmp_path):
+    write_tokenizer(tmp_path, EOS_TOKEN_ID)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "<unused1>"})
+    tokenizer.save_pretrained(tmp_path)
+    compiler = GrammarCompiler(str(tmp_path), VOCAB_SIZE, lambda: None)
+    found = compiler.start(StructuredOutputsParams(regex="<.*"), [EOS_TOKEN_ID])
+    found._compiled.result()
+    assert found.is_ready()
+    mask = np.zeros(found.mask_words, np.int32)
+    found.fill_mask(mask)
+    admitted = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+    assert 0 in admitted and ord("<") in admitted
+    assert 1 not in admitted
     compiler.close()
 
 
