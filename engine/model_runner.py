@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import numpy as np
 import torch
@@ -174,7 +175,7 @@ def end_batch(
 def wrap_linears(model: Model, spec: BaseModelSpec) -> list[LinearWithLoRA]:
     """Let adapters attach to the linears of the spec, and to embedding and head."""
     if isinstance(model, Decoder):
-        setattr(model, "look_up", EmbeddingWithLoRA(model.look_up))  # noqa: B010 (a method)
+        setattr(model, "look_up", EmbeddingWithLoRA(WeakMethod(model.look_up)))  # noqa: B010 (a method)
         setattr(model, "lm_head", HeadWithLoRA(model.lm_head))  # noqa: B010 (for its type)
     module_ids = {module.path: index for index, module in enumerate(spec.modules)}
     wrapped = []

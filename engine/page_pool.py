@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable, Sequence
+from weakref import ref
 
 from loraplex.engine.eviction import LRU, EvictionPolicy, Lender, LentItems
 
@@ -47,12 +48,14 @@ class PagePool:
         self._last_used = [-1] * num_pages  # The clock when a page that was in use was given up.
         self._counts = [0] * len(PageState)
         self._counts[PageState.FREE] = num_pages - 1
-        self._lenders: list[Lender] = []
+        # Weakly, since they hold the pool: what is no circle is gone with the engine at once, and
+        # with it the model, without the garbage collector, which engines keep from looking at it.
+        self._lenders: list[ref[Lender]] = []
         self._lent = LentItems()
 
     def add_lender(self, lender: Lender) -> int:
         """Its number, by which it lends."""
-        self._lenders.append(lender)
+        self._lenders.append(ref(lender))
         return len(self._lenders) - 1
 
     def count(self, state: PageState) -> int:
@@ -120,7 +123,9 @@ class PagePool:
     def _reclaim(self, lent: LentItems) -> None:
         """Free the pages of the lowest item."""
         item, lender = lent.pop()
-        pages = self._lenders[lender].reclaim(item)
+        owner = self._lenders[lender]()
+        assert owner is not None
+        pages = owner.reclaim(item)
         self.policy.record_reclaimed(len(pages))
         self.free(pages)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+from weakref import WeakMethod
 
 import numpy as np
 import numpy.typing as npt
@@ -277,11 +278,15 @@ class BatchWithEnds(Protocol):
 class EmbeddingWithLoRA:
     """The look-up of tokens, and what adapters make of it."""
 
-    def __init__(self, base: Callable[[Tensor, Any], Tensor]) -> None:
-        self.base = base
+    def __init__(self, base: WeakMethod[Callable[[Tensor, Any], Tensor]]) -> None:
+        """base: of the model that this becomes a part of. A circle of the two would be left to the
+        garbage collector, which engines keep from looking at what they began with."""
+        self._base = base
 
     def __call__(self, token_ids: Tensor, batch: BatchWithEnds) -> Tensor:
-        x = self.base(token_ids, batch)
+        look_up = self._base()
+        assert look_up is not None
+        x = look_up(token_ids, batch)
         if batch.ends is not None:
             batch.ends.look_up(x, token_ids)
         return x
