@@ -118,7 +118,7 @@ def _adapter_count(text: str) -> int | str:
 def default_bandwidth(engine_options: dict[str, Any]) -> float:
     """In TB/s. Raises ValueError for a device that has no default."""
     # Imported late: it brings torch.
-    from loraplex.engine.device import resolve_device
+    from loraplex.engine.runner.device import resolve_device
 
     if resolve_device(EngineConfig.from_options(**engine_options)).type != "cuda":
         raise ValueError(

@@ -36,8 +36,8 @@ from loraplex.benchmarks.simulated_device import CostModel, SimulatedDevice
 from loraplex.benchmarks.split_pool import SplitPool
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore, PoolMaker
-from loraplex.engine.eviction import POLICIES
-from loraplex.engine.page_pool import PagePool
+from loraplex.engine.memory.eviction import POLICIES
+from loraplex.engine.memory.page_pool import PagePool
 
 LOADS = ("loaded", "saturated")
 # Requests per second, or conversations where they have more than one turn, by load.

@@ -21,9 +21,9 @@ import torch
 from loraplex.benchmarks.results import write_result
 from loraplex.benchmarks.synthetic_model import SHAPES, write_model
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.device import resolve_device
 from loraplex.engine.models.config import read_model_config, resolve_dtype
 from loraplex.engine.models.registry import build_model
+from loraplex.engine.runner.device import resolve_device
 
 READ_BYTES = 32 << 20
 

@@ -59,7 +59,7 @@ class TextRunner:
 class TextDevice(NullDevice):
     def __init__(self) -> None:
         super().__init__()
-        from loraplex.engine.tokenizer import load_tokenizer
+        from loraplex.engine.text.tokenizer import load_tokenizer
 
         path = str(locate_model(MODEL))
         tokenizer = load_tokenizer(path)
@@ -85,8 +85,8 @@ def serve(max_num_seqs: int, log_level: str) -> None:
 
     from loraplex.engine.async_engine import AsyncEngine
     from loraplex.engine.core_process import LOG_FORMAT
+    from loraplex.entrypoints.http.server_config import ServerConfig
     from loraplex.entrypoints.server import run_server
-    from loraplex.entrypoints.server_config import ServerConfig
 
     logging.basicConfig(level=log_level, format=LOG_FORMAT)
     config = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max(8192, max_num_seqs))

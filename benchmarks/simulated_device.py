@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from loraplex.benchmarks.workloads import LLAMA_3_VOCAB_SIZE
-from loraplex.engine.adapter_manager import AdapterFiles, Identity
+from loraplex.engine.adapters.manager import AdapterFiles, Identity
 from loraplex.engine.request import LoRARequest, ModelInfo
 from loraplex.engine.step import StepBatch, StepResult
 from loraplex.lora.spec import AdapterTraits
 
 NUM_LAYERS, HIDDEN_SIZE = 32, 4096
-# Of adapters, that a step waits for to be copied: as loraplex.engine.device has it.
+# Of adapters, that a step waits for to be copied: as loraplex.engine.runner.device has it.
 AWAITED_COPY_BYTES = 128 << 20
 
 

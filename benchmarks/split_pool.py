@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from loraplex.engine.eviction import EvictionPolicy, LentItems
-from loraplex.engine.page_pool import PagePool, PageState
+from loraplex.engine.memory.eviction import EvictionPolicy, LentItems
+from loraplex.engine.memory.page_pool import PagePool, PageState
 
 
 class SplitPool(PagePool):

@@ -256,8 +256,8 @@ LORAPLEX_SAMPLING void choose_ranked(Block& block, const SampleRow& row, const W
   choice = {place.value, (target - place.before) / weigh(place.value)};
 }
 
-// The token of a row; its definition is in engine/sampler.py. A row without a distribution, because
-// of infinities or NaN, gets its largest logit's token.
+// The token of a row; its definition is in engine/runner/sampler.py. A row without a distribution,
+// because of infinities or NaN, gets its largest logit's token.
 template <class Block>
 LORAPLEX_SAMPLING int32_t choose(Block& block, const SampleRow& row) {
   const float largest = block.largest();

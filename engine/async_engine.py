@@ -13,12 +13,9 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from loraplex.engine.adapter_manager import Tier
-from loraplex.engine.adapter_tokenizers import AdapterTokenizers
+from loraplex.engine.adapters.manager import Tier
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_client import CoreClient, EngineDeadError
-from loraplex.engine.input_processor import InputProcessor, Prompt, prompt_text
-from loraplex.engine.output_processor import OutputProcessor
 from loraplex.engine.outputs import RequestOutput
 from loraplex.engine.request import (
     EngineRequest,
@@ -28,9 +25,12 @@ from loraplex.engine.request import (
     Service,
 )
 from loraplex.engine.sampling_params import SamplingParams
+from loraplex.engine.text.adapter_tokenizers import AdapterTokenizers
+from loraplex.engine.text.input_processor import InputProcessor, Prompt, prompt_text
+from loraplex.engine.text.output_processor import OutputProcessor
 
 if TYPE_CHECKING:
-    from loraplex.engine.tokenizer import Tokenizer
+    from loraplex.engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class AsyncEngine:
 
     def _load_tokenizer(self) -> Tokenizer:
         # Imported late: it brings transformers, which takes seconds.
-        from loraplex.engine.tokenizer import load_tokenizer
+        from loraplex.engine.text.tokenizer import load_tokenizer
 
         return load_tokenizer(self.model_info.tokenizer_path)
 

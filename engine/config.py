@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from loraplex.engine.eviction import POLICIES
+from loraplex.engine.memory.eviction import POLICIES
 from loraplex.lora.options import check_option, option
 from loraplex.lora.sources.settings import SourceSettings
 

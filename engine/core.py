@@ -14,17 +14,13 @@ from concurrent.futures import Future
 from itertools import islice
 from typing import Any, Protocol
 
-from loraplex.engine.adapter_lifecycle import AdapterLifecycle
-from loraplex.engine.adapter_manager import AdapterManager, AdapterStore, Tier
-from loraplex.engine.adapter_resolver import AdapterResolver
+from loraplex.engine.adapters.lifecycle import AdapterLifecycle
+from loraplex.engine.adapters.manager import AdapterManager, AdapterStore, Tier
+from loraplex.engine.adapters.resolver import AdapterResolver
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.eviction import POLICIES, EvictionPolicy
-from loraplex.engine.fitting import Fitting
-from loraplex.engine.grammar import GrammarCompiler
-from loraplex.engine.input_batch import InputBatch
-from loraplex.engine.isolation import Isolation
-from loraplex.engine.kv_manager import KVManager
-from loraplex.engine.page_pool import PagePool, PageState
+from loraplex.engine.memory.eviction import POLICIES, EvictionPolicy
+from loraplex.engine.memory.kv_manager import KVManager
+from loraplex.engine.memory.page_pool import PagePool, PageState
 from loraplex.engine.request import (
     EngineOutput,
     EngineRequest,
@@ -33,8 +29,12 @@ from loraplex.engine.request import (
     Request,
     RequestError,
 )
-from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.runner.input_batch import InputBatch
+from loraplex.engine.scheduling.fitting import Fitting
+from loraplex.engine.scheduling.isolation import Isolation
+from loraplex.engine.scheduling.scheduler import Scheduler
 from loraplex.engine.step import PendingStep, StepBatch, StepPlan, StepResult
+from loraplex.engine.structured_outputs.grammar import GrammarCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ PoolMaker = Callable[[int, EvictionPolicy], PagePool]
 
 def build_device(config: EngineConfig, wake: Callable[[], None]) -> Device:
     """The real device half; imported late, since it brings torch and the model."""
-    from loraplex.engine.device import TorchDevice
-    from loraplex.engine.parallel_device import ParallelDevice
+    from loraplex.engine.runner.device import TorchDevice
+    from loraplex.engine.runner.parallel_device import ParallelDevice
 
     if config.tensor_parallel_size == 1:
         return TorchDevice(config, wake)

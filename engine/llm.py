@@ -14,12 +14,9 @@ from typing import Any, Self, SupportsIndex
 
 from tqdm import tqdm
 
-from loraplex.engine.adapter_manager import Tier
-from loraplex.engine.adapter_tokenizers import AdapterTokenizers
+from loraplex.engine.adapters.manager import Tier
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
-from loraplex.engine.input_processor import InputProcessor, Prompt, prompt_text
-from loraplex.engine.output_processor import OutputProcessor
 from loraplex.engine.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from loraplex.engine.request import (
     EngineOutput,
@@ -31,7 +28,10 @@ from loraplex.engine.request import (
     refusal,
 )
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.engine.tokenizer import Tokenizer, load_tokenizer
+from loraplex.engine.text.adapter_tokenizers import AdapterTokenizers
+from loraplex.engine.text.input_processor import InputProcessor, Prompt, prompt_text
+from loraplex.engine.text.output_processor import OutputProcessor
+from loraplex.engine.text.tokenizer import Tokenizer, load_tokenizer
 
 Message = dict[str, Any]
 WAIT_SECONDS = 0.1

@@ -15,8 +15,8 @@ from loraplex.engine.sampling_params import SamplingParams
 from loraplex.lora.recipe import Merge, is_finite_number
 
 if TYPE_CHECKING:
-    from loraplex.engine.adapter_manager import Adapter
-    from loraplex.engine.grammar import Grammar
+    from loraplex.engine.adapters.manager import Adapter
+    from loraplex.engine.structured_outputs.grammar import Grammar
 
 
 @dataclass(frozen=True)

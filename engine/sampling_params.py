@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraplex.engine.structured_outputs import StructuredOutputsParams
+from loraplex.engine.structured_outputs.params import StructuredOutputsParams
 
 MAX_LOGPROBS = 100
 

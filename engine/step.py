@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loraplex.engine.request import Request, TokenLogprobs
-from loraplex.engine.sampling_state import SamplingBatch
+from loraplex.engine.runner.sampling_state import SamplingBatch
 from loraplex.lora.spec import AdapterTraits
 
 Int32Array = npt.NDArray[np.int32]

@@ -12,30 +12,23 @@ from starlette.middleware.cors import CORSMiddleware
 
 import loraplex
 from loraplex.engine.core_client import EngineDeadError
-from loraplex.entrypoints import (
-    adapter_routes,
-    admin_routes,
-    lorax_routes,
-    openai_chat,
-    openai_completions,
-    openai_embeddings,
-    openai_tokenize,
-    operator_routes,
-)
-from loraplex.entrypoints.adapter_places import AdapterPlaces
-from loraplex.entrypoints.api_keys import KeyRing
-from loraplex.entrypoints.errors import ApiError, IncompleteGeneration, to_lorax_error
-from loraplex.entrypoints.gate import Gate
-from loraplex.entrypoints.server_config import ServerConfig
-from loraplex.entrypoints.serving import Serving
-from loraplex.entrypoints.streaming import json_error
-from loraplex.entrypoints.tracing import Tracer
+from loraplex.entrypoints.http import adapter_routes, admin_routes, operator_routes
+from loraplex.entrypoints.http.adapter_places import AdapterPlaces
+from loraplex.entrypoints.http.api_keys import KeyRing
+from loraplex.entrypoints.http.errors import ApiError, IncompleteGeneration, to_lorax_error
+from loraplex.entrypoints.http.gate import Gate
+from loraplex.entrypoints.http.server_config import ServerConfig
+from loraplex.entrypoints.http.serving import Serving
+from loraplex.entrypoints.http.streaming import json_error
+from loraplex.entrypoints.http.tracing import Tracer
+from loraplex.entrypoints.lorax import routes as lorax_routes
+from loraplex.entrypoints.openai import chat, completions, embeddings, tokenize
 
 PUBLIC = (
-    openai_completions,
-    openai_chat,
-    openai_embeddings,
-    openai_tokenize,
+    completions,
+    chat,
+    embeddings,
+    tokenize,
     lorax_routes,
     operator_routes,
 )

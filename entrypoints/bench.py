@@ -88,6 +88,6 @@ def _kernels() -> str:
     """The benchmark of this machine's kernels."""
     # Imported late: it brings torch.
     from loraplex.engine.config import EngineConfig
-    from loraplex.engine.device import resolve_device
+    from loraplex.engine.runner.device import resolve_device
 
     return "gpu_kernels" if resolve_device(EngineConfig()).type == "cuda" else "cpu_kernels"

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_process import LOG_FORMAT
 from loraplex.entrypoints.config_arguments import add_config_arguments, config_from_arguments
-from loraplex.entrypoints.server_config import ServerConfig
+from loraplex.entrypoints.http.server_config import ServerConfig
 
 if TYPE_CHECKING:
     from loraplex.engine.async_engine import AsyncEngine

@@ -17,16 +17,16 @@ from fastapi import FastAPI
 
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.request import LoRARequest
-from loraplex.entrypoints.access_log import start_access_log
-from loraplex.entrypoints.api_keys import make_key_ring
 from loraplex.entrypoints.app import ADMIN, EVERYTHING, PUBLIC, build_app
-from loraplex.entrypoints.metrics import ServerMetrics
-from loraplex.entrypoints.model_registry import ModelRegistry, adapter_request
-from loraplex.entrypoints.server_config import ServerConfig
-from loraplex.entrypoints.serving import Serving
-from loraplex.entrypoints.streaming import unless
-from loraplex.entrypoints.supervisor import Supervisor
-from loraplex.entrypoints.tracing import Tracer, otlp_provider
+from loraplex.entrypoints.http.access_log import start_access_log
+from loraplex.entrypoints.http.api_keys import make_key_ring
+from loraplex.entrypoints.http.metrics import ServerMetrics
+from loraplex.entrypoints.http.model_registry import ModelRegistry, adapter_request
+from loraplex.entrypoints.http.server_config import ServerConfig
+from loraplex.entrypoints.http.serving import Serving
+from loraplex.entrypoints.http.streaming import unless
+from loraplex.entrypoints.http.supervisor import Supervisor
+from loraplex.entrypoints.http.tracing import Tracer, otlp_provider
 from loraplex.lora.sources.reference import parse_adapter_reference
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import pytest
 import yaml
 from real_server import serving
 
-from loraplex.entrypoints.api_keys import read_key_file
 from loraplex.entrypoints.cli import COMMANDS
+from loraplex.entrypoints.http.api_keys import read_key_file
 from loraplex.entrypoints.serve import add_serve_arguments
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loraplex.benchmarks import cpu_kernels, results
-from loraplex.engine import device as resolving
+from loraplex.engine.runner import device as resolving
 from loraplex.entrypoints.bench import BENCHMARKS
 from loraplex.entrypoints.cli import main
 

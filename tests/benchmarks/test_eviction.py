@@ -15,7 +15,7 @@ from loraplex.benchmarks.simulated_device import CostModel, SimulatedDevice
 from loraplex.benchmarks.split_pool import SplitPool
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
-from loraplex.engine.page_pool import PagePool
+from loraplex.engine.memory.page_pool import PagePool
 
 COSTS = CostModel()
 

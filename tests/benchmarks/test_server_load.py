@@ -7,7 +7,7 @@ from loraplex.benchmarks import server_load
 
 def test_streams_and_cancelled_requests_leave_nothing(tmp_path, capsys):
     output = tmp_path / "server_load.json"
-    flags = ["--num-streams", "20", "--num-tokens", "10", "--num-rounds", "1"]
+    flags = ["--num-streams", "20", "--num-tokens", "200", "--num-rounds", "1"]
     assert server_load.main([*flags, "--num-cancels", "60", "--output", str(output)]) == 0
     figures = json.loads(output.read_text())["figures"]
     (streams,) = figures["streams"]

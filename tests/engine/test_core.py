@@ -17,7 +17,7 @@ from fake_device import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.engine.eviction import POLICIES
+from loraplex.engine.memory.eviction import POLICIES
 from loraplex.engine.request import EngineOutput, EngineRequest, FinishReason, RequestError, Service
 
 

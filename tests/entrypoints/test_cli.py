@@ -12,8 +12,8 @@ import pytest
 from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.cli import COMMANDS, main
 from loraplex.entrypoints.config_arguments import parse_size
+from loraplex.entrypoints.http.server_config import ServerConfig
 from loraplex.entrypoints.serve import add_serve_arguments, config_from_arguments
-from loraplex.entrypoints.server_config import ServerConfig
 
 
 def parse(*flags: str) -> argparse.Namespace:

@@ -15,8 +15,8 @@ from lorax import errors
 from pydantic import ValidationError
 from server_process import running_server
 
-from loraplex.engine.structured_outputs import StructuredOutputsParams
-from loraplex.entrypoints.lorax_requests import GenerateParameters
+from loraplex.engine.structured_outputs.params import StructuredOutputsParams
+from loraplex.entrypoints.lorax.requests import GenerateParameters
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 from server_process import ADDRESS, running_server
 
-from loraplex.entrypoints.metrics import ALIASES, MOST_ADAPTERS, OTHER_ADAPTERS, ServerMetrics
+from loraplex.entrypoints.http.metrics import ALIASES, MOST_ADAPTERS, OTHER_ADAPTERS, ServerMetrics
 
 DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/dashboard.json"
 

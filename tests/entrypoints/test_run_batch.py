@@ -11,8 +11,8 @@ from fakes import ByteTokenizer
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.cli import main
+from loraplex.entrypoints.http.server_config import ServerConfig
 from loraplex.entrypoints.run_batch import answer_batch, read_batch
-from loraplex.entrypoints.server_config import ServerConfig
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 

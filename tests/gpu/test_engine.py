@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.benchmarks.synthetic_adapters import write_adapter
-from loraplex.engine.gpu_runner import GpuModelRunner, PendingGpuStep
 from loraplex.engine.models.registry import lora_spec
+from loraplex.engine.runner.gpu_runner import GpuModelRunner, PendingGpuStep
 from loraplex.engine.step import StepBatch
 
 VOCAB_SIZE = 1000

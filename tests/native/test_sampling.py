@@ -17,7 +17,7 @@ from sampling_rows import (
 )
 
 from loraplex import native
-from loraplex.engine.sampling_state import SamplingBatch
+from loraplex.engine.runner.sampling_state import SamplingBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

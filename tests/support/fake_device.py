@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loraplex.engine.adapter_manager import Identity
+from loraplex.engine.adapters.manager import Identity
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
 from loraplex.engine.request import (
@@ -28,13 +28,13 @@ from loraplex.engine.request import (
     Service,
     TokenLogprobs,
 )
-from loraplex.engine.sampling_params import SamplingParams
-from loraplex.engine.sampling_state import (
+from loraplex.engine.runner.sampling_state import (
     LogitAdjustments,
     TokensOfRows,
     generator_state,
     uniform,
 )
+from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.step import PoolingSpan, PromptLogprobsSpan, StepBatch, StepResult
 from loraplex.lora.spec import AdapterChanged, AdapterError, AdapterTraits
 

@@ -12,9 +12,9 @@ from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_process import LOG_FORMAT
 from loraplex.entrypoints.config_arguments import config_from_arguments
+from loraplex.entrypoints.http.server_config import ServerConfig
 from loraplex.entrypoints.serve import add_serve_arguments
 from loraplex.entrypoints.server import run_server
-from loraplex.entrypoints.server_config import ServerConfig
 
 
 def main() -> None:

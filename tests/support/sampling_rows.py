@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from loraplex import native
-from loraplex.engine import sampler
-from loraplex.engine.sampling_state import EVERYTHING, NO_LOGPROBS, SamplingBatch
+from loraplex.engine.runner import sampler
+from loraplex.engine.runner.sampling_state import EVERYTHING, NO_LOGPROBS, SamplingBatch
 
 VOCAB_SIZES = [1, 2, 7, 40, 255, 256, 257, 1003, 4096, 32003, 130000]
 LAST_UNIFORM = 1 - 2.0**-53

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM as Reference
 from loraplex.attention.backend import get_backend
 from loraplex.attention.metadata import AttentionMetadata
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.model_runner import DeviceBatch
 from loraplex.engine.models.config import head_dim, read_model_config, resolve_dtype
 from loraplex.engine.models.registry import base_model_spec, build_model, kv_block_shape
+from loraplex.engine.runner.model_runner import DeviceBatch
 
 BLOCK_SIZE = 4
 SHAPES = {

@@ -1,0 +1,1 @@
+"""The server around the protocols: keys, limits, streaming, metrics, supervision."""

@@ -1,0 +1,1 @@
+"""LoRAX's routes: their requests, their answers."""

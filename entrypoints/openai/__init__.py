@@ -1,0 +1,1 @@
+"""OpenAI's routes: their requests, their answers, tools and reasoning."""

@@ -1,0 +1,106 @@
+"""POST /tokenize and /detokenize as vLLM has them. LoRAX has a /tokenize, too: a body with `inputs`
+is its."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Discriminator, Tag
+
+from loraplex.entrypoints.http.serving import Serving
+from loraplex.entrypoints.http.streaming import json_response
+from loraplex.entrypoints.http.strict_model import StrictModel
+from loraplex.entrypoints.lorax import routes as lorax_routes
+from loraplex.entrypoints.lorax.requests import TokenizeRequest as LoraxTokenizeRequest
+from loraplex.entrypoints.openai.requests import ChatMessage
+from loraplex.entrypoints.openai.tools import ToolDefinition
+
+router = APIRouter()
+
+
+class TokenizeText(StrictModel):
+    """A text to tokenise."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChat(StrictModel):
+    """A conversation to tokenise."""
+
+    model: str | None = None
+    messages: list[ChatMessage]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    return_token_strs: bool = False
+    tools: list[ToolDefinition] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(StrictModel):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def _kind(body: Any) -> str:
+    if isinstance(body, dict) and "inputs" in body:
+        return "lorax"
+    return "chat" if isinstance(body, dict) and "messages" in body else "text"
+
+
+TokenizeBody = Annotated[
+    Annotated[LoraxTokenizeRequest, Tag("lorax")]
+    | Annotated[TokenizeChat, Tag("chat")]
+    | Annotated[TokenizeText, Tag("text")],
+    Discriminator(_kind),
+]
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, request: Request) -> Response:
+    """The tokens of a text or of a conversation."""
+    serving: Serving = request.app.state.serving
+    if isinstance(body, LoraxTokenizeRequest):
+        return await lorax_routes.tokenize(body, request)
+    lora_request = serving.models.resolve(body.model or serving.models.base_name)
+    tokenizer = await serving.tokenizer_of(lora_request)
+    if isinstance(body, TokenizeText):
+        token_ids = await serving.encode(body.prompt, body.add_special_tokens, tokenizer)
+    else:
+        options = dict(body.chat_template_kwargs or {})
+        if body.tools:
+            options["tools"] = [tool.for_template() for tool in body.tools]
+        if body.continue_final_message:
+            options["continue_final_message"] = True
+        messages = [message.for_template() for message in body.messages]
+        opens_answer = body.add_generation_prompt and not body.continue_final_message
+        token_ids = await serving.encode_chat(messages, opens_answer, options, tokenizer)
+    answer = {
+        "count": len(token_ids),
+        "max_model_len": serving.engine.model_info.max_model_len,
+        "tokens": token_ids,
+        "token_strs": None,
+    }
+    if body.return_token_strs:
+        answer["token_strs"] = [
+            tokenizer.decode([token_id], skip_special_tokens=False) for token_id in token_ids
+        ]
+    return json_response(answer)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+    """The text of tokens, special ones among them."""
+    serving: Serving = request.app.state.serving
+    lora_request = serving.models.resolve(body.model or serving.models.base_name)
+    tokenizer = await serving.tokenizer_of(lora_request)
+    vocab_size = serving.engine.model_info.vocab_size
+    for token_id in body.tokens:
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"tokens={token_id} is not allowed: it must be 0 to {vocab_size - 1}")
+    return json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
