@@ -38,7 +38,7 @@ from loraplex.benchmarks.plots import plot_latencies
 from loraplex.benchmarks.results import milliseconds, write_result
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import EngineRequest
+from loraplex.engine.messages import EngineRequest
 
 COUNTERS = ("steps", "adapter_loads", "adapter_evictions", "preemptions")
 PHASES = ("quiet", "warm", "cold")

@@ -14,7 +14,8 @@ import numpy as np
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import EngineOutput, EngineRequest, LoRARequest
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import EngineOutput, EngineRequest
 from loraplex.engine.sampling_params import SamplingParams
 
 WAIT_SECONDS = 0.1

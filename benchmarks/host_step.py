@@ -18,7 +18,8 @@ from loraplex.benchmarks.results import write_result
 from loraplex.benchmarks.simulated_device import fetched, identify
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import EngineRequest, ModelInfo
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.step import FinishedStep, StepBatch, StepResult
 from loraplex.lora.spec import AdapterTraits

@@ -24,7 +24,7 @@ from loraplex.benchmarks.results import write_result
 from loraplex.benchmarks.synthetic_model import SHAPES, write_model
 from loraplex.benchmarks.workloads import WorkloadRequest, m1, num_distinct_adapters
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.request import LoRARequest
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.entrypoints.config_arguments import parse_size
 

@@ -9,7 +9,8 @@ from heapq import heapify, heappop, heappush
 from loraplex.benchmarks.conversations import Conversation
 from loraplex.benchmarks.simulated_device import SimulatedDevice
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import EngineOutput, EngineRequest, LoRARequest
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import EngineOutput, EngineRequest
 from loraplex.engine.sampling_params import SamplingParams
 
 COUNTERS = ("adapter_loads", "prefix_hit_tokens", "prompt_tokens", "output_tokens", "preemptions")

@@ -31,8 +31,8 @@ from loraplex.benchmarks.host_step import NullDevice
 from loraplex.benchmarks.results import milliseconds, write_result
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
+from loraplex.engine.messages import ModelInfo
 from loraplex.engine.models.locate import locate_model
-from loraplex.engine.request import ModelInfo
 from loraplex.engine.step import FinishedStep, StepBatch, StepResult
 
 MODULE = "loraplex.benchmarks.server_load"  # also where this is __main__

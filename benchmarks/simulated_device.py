@@ -15,7 +15,8 @@ import numpy as np
 
 from loraplex.benchmarks.workloads import LLAMA_3_VOCAB_SIZE
 from loraplex.engine.adapters.manager import AdapterFiles, Identity
-from loraplex.engine.request import LoRARequest, ModelInfo
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import ModelInfo
 from loraplex.engine.step import StepBatch, StepResult
 from loraplex.lora.spec import AdapterTraits
 

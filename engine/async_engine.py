@@ -16,14 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from loraplex.engine.adapters.manager import Tier
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_client import CoreClient, EngineDeadError
+from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import EngineRequest, ModelInfo, Service
 from loraplex.engine.outputs import RequestOutput
-from loraplex.engine.request import (
-    EngineRequest,
-    LoRARequest,
-    ModelInfo,
-    RequestError,
-    Service,
-)
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.adapter_tokenizers import AdapterTokenizers
 from loraplex.engine.text.input_processor import InputProcessor, Prompt, prompt_text

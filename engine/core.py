@@ -18,17 +18,13 @@ from loraplex.engine.adapters.lifecycle import AdapterLifecycle
 from loraplex.engine.adapters.manager import AdapterManager, AdapterStore, Tier
 from loraplex.engine.adapters.resolver import AdapterResolver
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.memory.eviction import POLICIES, EvictionPolicy
 from loraplex.engine.memory.kv_manager import KVManager
 from loraplex.engine.memory.page_pool import PagePool, PageState
-from loraplex.engine.request import (
-    EngineOutput,
-    EngineRequest,
-    LoRARequest,
-    ModelInfo,
-    Request,
-    RequestError,
-)
+from loraplex.engine.messages import EngineOutput, EngineRequest, ModelInfo
+from loraplex.engine.request import Request
 from loraplex.engine.runner.input_batch import InputBatch
 from loraplex.engine.scheduling.fitting import Fitting
 from loraplex.engine.scheduling.isolation import Isolation

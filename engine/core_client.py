@@ -33,13 +33,9 @@ from loraplex.engine.core_process import (
     Shutdown,
     run_core,
 )
-from loraplex.engine.request import (
-    EngineOutput,
-    EngineRequest,
-    LoRARequest,
-    ModelInfo,
-    RequestError,
-)
+from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import EngineOutput, EngineRequest, ModelInfo
 
 logger = logging.getLogger(__name__)
 

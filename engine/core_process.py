@@ -24,14 +24,9 @@ import msgspec
 import zmq
 
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.request import (
-    EngineOutput,
-    EngineRequest,
-    LoRARequest,
-    ModelInfo,
-    RequestError,
-    refusal,
-)
+from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import EngineOutput, EngineRequest, ModelInfo, refusal
 
 if TYPE_CHECKING:
     from loraplex.engine.core import EngineCore

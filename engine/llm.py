@@ -17,16 +17,10 @@ from tqdm import tqdm
 from loraplex.engine.adapters.manager import Tier
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
+from loraplex.engine.errors import RequestError, describe
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import EngineOutput, EngineRequest, Service, refusal
 from loraplex.engine.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
-from loraplex.engine.request import (
-    EngineOutput,
-    EngineRequest,
-    LoRARequest,
-    RequestError,
-    Service,
-    describe,
-    refusal,
-)
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.adapter_tokenizers import AdapterTokenizers
 from loraplex.engine.text.input_processor import InputProcessor, Prompt, prompt_text

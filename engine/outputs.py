@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loraplex.engine.request import LoRARequest
+from loraplex.engine.lora_request import LoRARequest
 
 
 @dataclass(slots=True)

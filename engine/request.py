@@ -1,238 +1,29 @@
-"""The vocabulary of the engine: what a request is, on the wire and inside the core. No torch."""
+"""A request inside the core: where it stands, and what it holds. No torch."""
 
 from __future__ import annotations
 
 import enum
-import math
 import time
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
-
+from loraplex.engine.messages import (
+    AdapterWait,
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    TokenLogprobs,
+)
 from loraplex.engine.pooling import PooledPrompt
-from loraplex.engine.sampling_params import SamplingParams
-from loraplex.lora.recipe import Merge, is_finite_number
 
 if TYPE_CHECKING:
     from loraplex.engine.adapters.manager import Adapter
     from loraplex.engine.structured_outputs.grammar import Grammar
 
 
-@dataclass(frozen=True)
-class LoRARequest:
-    """Names an adapter: the name is what users and metrics see, the path where it comes from.
-
-    Several adapters may be used as one, by merged_adapters instead of a path.
-    Raises ValueError naming the field, its value and what is allowed.
-    """
-
-    lora_name: str
-    lora_path: str = ""
-    """A directory, hub:owner/name[@revision][/subfolder] or s3://bucket/prefix; see
-    loraplex.lora.sources.reference."""
-    merged_adapters: MergedAdapters | None = None
-    scale: float = 1.0
-    """What the adapter adds to the base model is multiplied by this. An adapter of another scale
-    takes memory of its own."""
-    token: str | None = field(default=None, repr=False)
-    """Reads the hub for this request: what it may not read is not served, cached or not. None: the
-    engine's own."""
-
-    def __post_init__(self) -> None:
-        for name in ("lora_name", "lora_path"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise ValueError(f"{name}={describe(value)} is not allowed: it must be a string")
-        if not isinstance(self.token, str | None):
-            raise ValueError("token=... is not allowed: it must be a string, or None")
-        if not self.lora_name:
-            raise ValueError("lora_name='' is not allowed: an adapter needs a name")
-        if bool(self.lora_path) == (self.merged_adapters is not None):
-            raise ValueError(
-                f"lora_path={self.lora_path!r} of adapter {self.lora_name!r} is not allowed: "
-                "give a directory that holds adapter_config.json, a hub id or s3://bucket/prefix, "
-                "or else merged_adapters"
-            )
-        if not isinstance(self.merged_adapters, MergedAdapters | None):
-            raise ValueError(
-                f"merged_adapters={describe(self.merged_adapters)} is not allowed: it must be "
-                "MergedAdapters, or None"
-            )
-        if not is_finite_number(self.scale):
-            raise ValueError(
-                f"scale={describe(self.scale)} of adapter {self.lora_name!r} is not allowed: it "
-                "must be a finite number"
-            )
-
-    @property
-    def parts(self) -> tuple[LoRARequest, ...]:
-        """The adapters to read: itself, or those it merges, with its token where they have none."""
-        if self.merged_adapters is None:
-            return (self,)
-        parts = self.merged_adapters.adapters
-        return tuple(replace(part, token=part.token or self.token) for part in parts)
-
-    @property
-    def merge(self) -> Merge | None:
-        """What becomes of the parts, with the scale; None: the only one is taken as it is."""
-        if self.merged_adapters is not None:
-            return self.merged_adapters.scaled(self.scale)
-        return None if self.scale == 1 else Merge(weights=(self.scale,))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergedAdapters(Merge):
-    """Adapters that become one, as PEFT's add_weighted_adapter merges them."""
-
-    adapters: tuple[LoRARequest, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        is_list = isinstance(self.adapters, list | tuple)
-        if not is_list or not all(isinstance(part, LoRARequest) for part in self.adapters):
-            raise ValueError(
-                f"adapters={describe(self.adapters)} is not allowed: it must be a list of "
-                "LoRARequests"
-            )
-        object.__setattr__(self, "adapters", tuple(self.adapters))
-        if len(self.adapters) != len(self.weights):
-            raise ValueError(
-                f"weights={self.weights} is not allowed: it must have one weight for each of the "
-                f"{len(self.adapters)} adapters"
-            )
-        for adapter in self.adapters:
-            if adapter.merge is not None:
-                raise ValueError(
-                    f"merged_adapters with {adapter.lora_name!r} is not allowed: an adapter that "
-                    "is merged must have scale=1 and merge none itself; use weights"
-                )
-
-    def scaled(self, scale: float) -> Merge:
-        """How the adapters are merged, for a multiple of the result."""
-        return Merge(
-            weights=tuple(scale * weight for weight in self.weights),
-            strategy=self.strategy,
-            density=self.density,
-            majority_sign_method=self.majority_sign_method,
-            seed=self.seed,
-        )
-
-
-class ModelInfo(msgspec.Struct, kw_only=True):
-    """What the front needs to know of the model that the core runs."""
-
-    model_name: str
-    """How the model is named to users: a hub id, or the last part of a local path."""
-    tokenizer_path: str
-    """Local directory of the tokenizer."""
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: list[int]
-    dtype: str
-    """Of weights and activations, as torch calls it: "bfloat16"."""
-    device: str
-    """"cpu" or "cuda"."""
-    default_sampling: dict[str, Any] = {}
-    """The sampling parameters that the model comes with, where they are not SamplingParams'."""
-
-
 # What service costs. A generated token needs a pass over the weights of its own, a prompt token
 # shares one.
 PROMPT_TOKEN_COST = 1
 OUTPUT_TOKEN_COST = 2
-
-
-class FinishReason(enum.StrEnum):
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
-
-
-class Service(msgspec.Struct, frozen=True, kw_only=True):
-    """Whom a request is for, and how it is served while others wait.
-
-    Raises ValueError for a value that is not allowed.
-    """
-
-    tenant: str = ""
-    """Service is shared fairly between (tenant, adapter) pairs."""
-    weight: float = 1.0
-    """A pair of twice the weight gets twice the service."""
-    priority: int = 0
-    """Requests of one pair are served in this order, the lowest first."""
-    max_queue_seconds: float | None = None
-    """How long the request may wait for its first turn; None: as the engine is configured."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"weight={self.weight} is not allowed: it must be above 0")
-        if not -(2**31) <= self.priority < 2**31:
-            raise ValueError(f"priority={self.priority} is not allowed: it must have 32 bits")
-        seconds = self.max_queue_seconds
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise ValueError(f"max_queue_seconds={seconds} is not allowed: it must be above 0")
-
-
-class EngineRequest(msgspec.Struct, kw_only=True):
-    """One completion wanted of the engine core (a user's request with n > 1 is n of these)."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    sampling_params: SamplingParams
-    """Its `stop`, `n` and `detokenize` are the front's business: the core knows no text."""
-    max_tokens: int
-    """sampling_params.max_tokens, or what the model's length leaves."""
-    eos_token_ids: list[int]
-    seed: int
-    """The sampling seed: the user's, or one drawn for the request."""
-    lora_request: LoRARequest | None = None
-    service: Service = msgspec.field(default_factory=Service)
-    arrival_time: float = msgspec.field(default_factory=time.monotonic)
-
-
-class TokenLogprobs(msgspec.Struct, array_like=True):
-    """Log-probabilities at one position: the chosen token first, then the most likely ones."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    ranks: list[int]
-
-
-class EngineOutput(msgspec.Struct, kw_only=True):
-    """What one step gave one request."""
-
-    request_id: str
-    new_token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    """One entry for each of new_token_ids, where the request asked for logprobs."""
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    """For prompt tokens 1..end (the first has none), in the output in which prefill ended."""
-    embedding: bytes | None = None
-    """Of a request with pooling, in the same output: float32 [hidden_size]."""
-    finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
-    num_cached_tokens: int = 0
-    first_scheduled_time: float = 0.0
-    adapter_wait: AdapterWait | None = None
-    error: str | None = None
-    """With finish_reason "error": what was wrong, in words for the user."""
-    error_status: int = 500
-    """The HTTP status that fits the error: 400 for the user's mistake, 404 not found, 500 ours."""
-    retry_after: float | None = None
-    """Seconds after which the same request may succeed, where that is known."""
-
-
-class AdapterWait(msgspec.Struct, array_like=True):
-    """How long a request waited for its adapter before its first turn, in seconds."""
-
-    download: float = 0.0
-    """For its version to be known, and its files to be on this machine."""
-    host_load: float = 0.0
-    """While it was read into host memory."""
-    copy: float = 0.0
-    """While it was copied to the pool."""
 
 
 class RequestStatus(enum.Enum):
@@ -419,31 +210,3 @@ class Request:
 
 def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
     return max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
-
-
-class RequestError(ValueError):
-    """A request failed for a reason of its own; `status` is the HTTP status that fits, retry_after
-    the seconds to wait before trying again, where that may help."""
-
-    def __init__(self, message: str, status: int = 400, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retry_after = retry_after
-
-
-def refusal(request: EngineRequest, error: RequestError) -> EngineOutput:
-    """The output of a request that the core did not take."""
-    return EngineOutput(
-        request_id=request.request_id,
-        new_token_ids=[],
-        finish_reason=FinishReason.ERROR,
-        error=str(error),
-        error_status=error.status,
-        retry_after=error.retry_after,
-    )
-
-
-def describe(value: Any, limit: int = 200) -> str:
-    """A value as an error message shows it: its repr, cut where it gets long."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from loraplex.engine.request import Request, TokenLogprobs
+from loraplex.engine.messages import TokenLogprobs
+from loraplex.engine.request import Request
 from loraplex.engine.runner.sampling_state import SamplingBatch
 from loraplex.lora.spec import AdapterTraits
 

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_process import LOG_FORMAT
-from loraplex.engine.request import LoRARequest
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.entrypoints.config_arguments import add_config_arguments, config_from_arguments
 

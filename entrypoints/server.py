@@ -16,7 +16,7 @@ import uvloop
 from fastapi import FastAPI
 
 from loraplex.engine.async_engine import AsyncEngine
-from loraplex.engine.request import LoRARequest
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.entrypoints.app import ADMIN, EVERYTHING, PUBLIC, build_app
 from loraplex.entrypoints.http.access_log import start_access_log
 from loraplex.entrypoints.http.api_keys import make_key_ring

@@ -17,10 +17,11 @@ ROOMS = {
     "csrc": {"native"},
 }
 HOST_HALF = [
-    "config", "request", "sampling_params", "outputs", "core", "step", "runner/sampling_state",
-    "runner/input_batch",
-    *(f"{package}/{path.stem}" for package in ("memory", "scheduling", "adapters")
+    *(path.relative_to(ROOT / "engine").with_suffix("").as_posix()
+      for package in ("", "memory", "scheduling", "adapters")
       for path in sorted((ROOT / "engine" / package).glob("*.py"))),
+    "runner/sampling_state",
+    "runner/input_batch",
 ]  # fmt: skip
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 

@@ -20,7 +20,9 @@ from loraplex.engine.adapters.manager import (
     Tier,
 )
 from loraplex.engine.adapters.resolver import AdapterResolver, Outcome
-from loraplex.engine.request import LoRARequest, Request, RequestError
+from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.request import Request
 from loraplex.engine.scheduling.fitting import Fitting
 
 Operation = Generator[None, None, dict[str, Any]]

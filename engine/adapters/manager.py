@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from loraplex.engine.adapters.counts import AdapterTally
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.memory.page_pool import PagePool, PageState
-from loraplex.engine.request import LoRARequest, Request, RequestStatus
+from loraplex.engine.request import Request, RequestStatus
 from loraplex.lora.recipe import Merge
 from loraplex.lora.spec import AdapterTraits
 

@@ -21,7 +21,7 @@ from loraplex.engine.adapters.manager import (
     AdapterStore,
     Identity,
 )
-from loraplex.engine.request import LoRARequest
+from loraplex.engine.lora_request import LoRARequest
 
 # Answers beyond this many are forgotten, those first that nobody has used for longest.
 MAX_NUM_ANSWERS = 65_536

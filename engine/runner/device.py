@@ -14,6 +14,7 @@ from loraplex import native
 from loraplex.attention.backend import AttentionBackend, get_backend
 from loraplex.attention.metadata import AttentionShape
 from loraplex.engine.config import GIB, EngineConfig
+from loraplex.engine.messages import ModelInfo
 from loraplex.engine.models.cache import cache_root
 from loraplex.engine.models.config import read_model_config, resolve_dtype, resolve_kv_dtype
 from loraplex.engine.models.decoder import Decoder
@@ -26,7 +27,6 @@ from loraplex.engine.models.registry import (
     page_bytes,
 )
 from loraplex.engine.models.shards import WHOLE, Shard, shard_config
-from loraplex.engine.request import ModelInfo
 from loraplex.engine.runner.base_linears import ModelLinears
 from loraplex.engine.runner.gpu_runner import MAX_GRAPH_TOKENS, GpuModelRunner
 from loraplex.engine.runner.model_runner import ModelRunner

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from loraplex import native
 from loraplex.attention.backend import AttentionBackend
 from loraplex.attention.metadata import AttentionMetadata
+from loraplex.engine.messages import TokenLogprobs
 from loraplex.engine.models.registry import Model
-from loraplex.engine.request import TokenLogprobs
 from loraplex.engine.runner import sampler
 from loraplex.engine.runner.model_runner import (
     DeviceBatch,

@@ -11,9 +11,9 @@ import torch
 
 from loraplex.attention.backend import AttentionBackend, PlannedAttention
 from loraplex.attention.metadata import AttentionMetadata
+from loraplex.engine.messages import TokenLogprobs
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.registry import Model, kv_block_shape, model_layers
-from loraplex.engine.request import TokenLogprobs
 from loraplex.engine.runner import sampler
 from loraplex.engine.step import FinishedStep, PromptLogprobsSpan, StepBatch, StepResult
 from loraplex.lora.ends import EmbeddingWithLoRA, EndBatch, HeadWithLoRA

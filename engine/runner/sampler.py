@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.engine.request import TokenLogprobs
+from loraplex.engine.messages import TokenLogprobs
 from loraplex.engine.runner.sampling_state import (
     Int32Array,
     LogitAdjustments,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loraplex.engine.request import EngineRequest
+from loraplex.engine.messages import EngineRequest
 from loraplex.engine.structured_outputs.grammar import Grammar
 
 Float32Array = npt.NDArray[np.float32]

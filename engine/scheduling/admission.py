@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from loraplex.engine.request import Request, RequestError, RequestStatus
+from loraplex.engine.errors import RequestError
+from loraplex.engine.request import Request, RequestStatus
 from loraplex.engine.scheduling.fair_queue import FairQueue
 
 # Of the rate at which service was given lately: what is older than this counts half.

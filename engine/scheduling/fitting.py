@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from loraplex.engine.adapters.manager import AdapterManager
+from loraplex.engine.errors import RequestError
 from loraplex.engine.memory.kv_manager import KVManager
 from loraplex.engine.memory.page_pool import PagePool
-from loraplex.engine.request import Request, RequestError
+from loraplex.engine.request import Request
 
 
 class Fitting:

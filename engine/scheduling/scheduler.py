@@ -11,16 +11,11 @@ from loraplex.engine.adapters.lifecycle import AdapterLifecycle
 from loraplex.engine.adapters.manager import Adapter, AdapterManager, Residency
 from loraplex.engine.adapters.resolver import AdapterResolver
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.errors import RequestError
 from loraplex.engine.memory.kv_manager import KVManager
 from loraplex.engine.memory.page_pool import PagePool
-from loraplex.engine.request import (
-    AdapterWait,
-    EngineOutput,
-    FinishReason,
-    Request,
-    RequestError,
-    RequestStatus,
-)
+from loraplex.engine.messages import AdapterWait, EngineOutput, FinishReason
+from loraplex.engine.request import Request, RequestStatus
 from loraplex.engine.scheduling.admission import Admission
 from loraplex.engine.scheduling.fair_queue import FairQueue
 from loraplex.engine.scheduling.fitting import Fitting

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loraplex.engine.request import Request, RequestError, describe
+from loraplex.engine.errors import RequestError, describe
+from loraplex.engine.request import Request
 from loraplex.engine.structured_outputs.params import MAX_WHITESPACE, StructuredOutputsParams
 
 # Compiled grammars are kept up to about this many bytes, and their parts up to as many.

@@ -11,7 +11,7 @@ import json
 from collections import OrderedDict
 from pathlib import Path
 
-from loraplex.engine.request import LoRARequest
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.text.tokenizer import Tokenizer, TransformersTokenizer, load_tokenizer
 
 TEMPLATE, CONFIG, TOKENIZER = "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"

@@ -10,7 +10,9 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from loraplex.engine.request import EngineRequest, LoRARequest, ModelInfo, Service, describe
+from loraplex.engine.errors import describe
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import EngineRequest, ModelInfo, Service
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.tokenizer import Tokenizer
 

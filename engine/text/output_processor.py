@@ -11,14 +11,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from loraplex.engine.errors import RequestError
+from loraplex.engine.messages import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from loraplex.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from loraplex.engine.request import (
-    EngineOutput,
-    EngineRequest,
-    FinishReason,
-    RequestError,
-    TokenLogprobs,
-)
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.detokenizer import Detokenizer
 from loraplex.engine.text.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraplex.engine.request import RequestError
+from loraplex.engine.errors import RequestError
 from loraplex.lora.sources.reference import AdapterReference, parse_adapter_reference
 
 FORMS = "a directory, hub, hub:owner, hub:owner/name or s3://bucket/prefix"

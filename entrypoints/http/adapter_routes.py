@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRoute
 
 from loraplex.engine.core_client import EngineDeadError
-from loraplex.engine.request import LoRARequest
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.entrypoints.http.access_log import may_see
 from loraplex.entrypoints.http.adapter_places import AdapterPlaces
 from loraplex.entrypoints.http.errors import ApiError

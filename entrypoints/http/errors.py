@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from loraplex.engine.core_client import EngineDeadError
-from loraplex.engine.request import RequestError
+from loraplex.engine.errors import RequestError
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraplex.engine.request import LoRARequest, RequestError
+from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.entrypoints.http.errors import ApiError
 from loraplex.lora.sources.reference import AdapterReference
 

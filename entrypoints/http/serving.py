@@ -14,8 +14,9 @@ from typing import Any
 from msgspec import structs
 
 from loraplex.engine.async_engine import AsyncEngine, call_for_text
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import Service
 from loraplex.engine.outputs import Logprob, RequestOutput
-from loraplex.engine.request import LoRARequest, Service
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.tokenizer import Tokenizer
 from loraplex.entrypoints.http.access_log import current_visit

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
-from loraplex.engine.request import describe
+from loraplex.engine.errors import describe
 
 
 class StrictModel(BaseModel):

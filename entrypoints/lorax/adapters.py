@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraplex.engine.request import LoRARequest, MergedAdapters
+from loraplex.engine.lora_request import LoRARequest, MergedAdapters
 from loraplex.entrypoints.http.adapter_places import AdapterPlaces
 from loraplex.entrypoints.http.model_registry import ModelRegistry, adapter_request
 from loraplex.entrypoints.lorax.requests import AdapterParameters

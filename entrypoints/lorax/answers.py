@@ -9,8 +9,9 @@ from contextlib import aclosing
 import msgspec
 from msgspec import UNSET
 
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import Service
 from loraplex.engine.outputs import CompletionOutput, Logprob, RequestOutput
-from loraplex.engine.request import LoRARequest, Service
 from loraplex.engine.text.detokenizer import IncrementalDecoder
 from loraplex.engine.text.tokenizer import Tokenizer
 from loraplex.entrypoints.http.errors import IncompleteGeneration

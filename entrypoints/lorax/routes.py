@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
 import loraplex
-from loraplex.engine.request import LoRARequest, Service
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import Service
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.tokenizer import Tokenizer
 from loraplex.entrypoints.http.access_log import current_visit

@@ -11,8 +11,8 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BeforeValidator
 
+from loraplex.engine.messages import Service
 from loraplex.engine.outputs import RequestOutput
-from loraplex.engine.request import Service
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.entrypoints.http.serving import Serving
 from loraplex.entrypoints.http.streaming import json_response, merge, unless_disconnected

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from loraplex.engine.request import Service, describe
+from loraplex.engine.errors import describe
+from loraplex.engine.messages import Service
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.structured_outputs.params import StructuredOutputsParams
 from loraplex.entrypoints.http.strict_model import StrictModel

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from loraplex.engine.request import describe
+from loraplex.engine.errors import describe
 from loraplex.entrypoints.http.strict_model import StrictModel
 from loraplex.entrypoints.openai.tool_formats.base import Tool
 

@@ -13,7 +13,7 @@ from faulty_server import FaultyServer
 
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import EngineRequest
+from loraplex.engine.messages import EngineRequest
 from loraplex.lora import host_store
 
 pytestmark = pytest.mark.usefixtures("one_thread")

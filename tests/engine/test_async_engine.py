@@ -19,7 +19,8 @@ from server_process import wait_until_gone
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_client import EngineDeadError
-from loraplex.engine.request import LoRARequest, RequestError
+from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.sampling_params import SamplingParams
 
 LONG = SamplingParams(max_tokens=1000)

@@ -17,8 +17,9 @@ from fake_device import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex.engine.errors import RequestError
 from loraplex.engine.memory.eviction import POLICIES
-from loraplex.engine.request import EngineOutput, EngineRequest, FinishReason, RequestError, Service
+from loraplex.engine.messages import EngineOutput, EngineRequest, FinishReason, Service
 
 
 def run_all(core, requests: list[EngineRequest]):

@@ -9,8 +9,9 @@ import threading
 import pytest
 from fakes import BOS, EOS, ByteTokenizer, FakeCore
 
+from loraplex.engine.errors import RequestError
 from loraplex.engine.llm import LLM
-from loraplex.engine.request import LoRARequest, RequestError
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.sampling_params import SamplingParams
 
 LONG = SamplingParams(max_tokens=None)

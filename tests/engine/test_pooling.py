@@ -7,7 +7,7 @@ import pytest
 from fake_device import fake_core, make_request, run_to_end
 
 from loraplex.engine.llm import LLM
-from loraplex.engine.request import FinishReason
+from loraplex.engine.messages import FinishReason
 from loraplex.engine.sampling_params import SamplingParams
 
 

@@ -16,7 +16,8 @@ from fake_device import (
 )
 
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import EngineRequest, FinishReason, Request
+from loraplex.engine.messages import EngineRequest, FinishReason
+from loraplex.engine.request import Request
 
 
 def ahead_core(num_pages: int = 100, **options) -> EngineCore:

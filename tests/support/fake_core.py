@@ -18,7 +18,7 @@ from fakes import FakeCore, echo
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import EngineOutput, EngineRequest
+from loraplex.engine.messages import EngineOutput, EngineRequest
 
 STEP_SECONDS = float(os.environ.get("FAKE_STEP_SECONDS", "0.001"))
 

@@ -20,14 +20,8 @@ import numpy.typing as npt
 from loraplex.engine.adapters.manager import Identity
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import (
-    EngineOutput,
-    EngineRequest,
-    LoRARequest,
-    ModelInfo,
-    Service,
-    TokenLogprobs,
-)
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import EngineOutput, EngineRequest, ModelInfo, Service, TokenLogprobs
 from loraplex.engine.runner.sampling_state import (
     LogitAdjustments,
     TokensOfRows,

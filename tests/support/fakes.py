@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from loraplex.engine.request import (
+from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import (
     EngineOutput,
     EngineRequest,
     FinishReason,
-    LoRARequest,
     ModelInfo,
-    RequestError,
     TokenLogprobs,
 )
 

@@ -7,7 +7,7 @@ import dataclasses
 from fake_device import expected_tokens, make_request, run_to_end
 
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import EngineOutput, EngineRequest
+from loraplex.engine.messages import EngineOutput, EngineRequest
 
 PATH = "a:pages=2"
 

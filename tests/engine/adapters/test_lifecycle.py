@@ -11,7 +11,8 @@ from fake_device import expected_tokens, fake_core, make_request, run_to_end, to
 from versioned_adapters import PATH, finish, request_of, tokens_of_version
 
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import LoRARequest, RequestError
+from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.lora.spec import AdapterError
 
 A = LoRARequest("a", PATH)

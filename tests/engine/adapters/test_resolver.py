@@ -11,7 +11,8 @@ from versioned_adapters import PATH, finish, request_of, tokens_of_version
 from loraplex.engine import core as core_module
 from loraplex.engine.adapters import resolver
 from loraplex.engine.adapters.resolver import AdapterResolver
-from loraplex.engine.request import EngineOutput, FinishReason, RequestError, Service
+from loraplex.engine.errors import RequestError
+from loraplex.engine.messages import EngineOutput, FinishReason, Service
 from loraplex.lora.spec import AdapterError
 
 

@@ -14,7 +14,7 @@ from loraplex.engine import core as core_module
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
 from loraplex.engine.memory.eviction import HALF_LIFE, POLICIES, CostAware, LentItems
-from loraplex.engine.request import FinishReason, Service
+from loraplex.engine.messages import FinishReason, Service
 
 NUM_PAGES = 1000
 

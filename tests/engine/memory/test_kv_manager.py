@@ -6,10 +6,11 @@ import pytest
 from fake_device import FakeFiles, make_request
 
 from loraplex.engine.adapters.manager import Adapter
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.memory.eviction import CostAware
 from loraplex.engine.memory.kv_manager import KVManager
 from loraplex.engine.memory.page_pool import PagePool, PageState
-from loraplex.engine.request import LoRARequest, Request
+from loraplex.engine.request import Request
 
 
 def start(kv: KVManager, prompt, adapter: Adapter | None = None) -> Request:

@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loraplex.engine.request import EngineRequest
+from loraplex.engine.messages import EngineRequest
 from loraplex.engine.runner import sampler
 from loraplex.engine.runner.sampling_state import SamplingState, generator_state, uniform
 from loraplex.engine.sampling_params import SamplingParams

@@ -10,13 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import (
-    OUTPUT_TOKEN_COST,
-    PROMPT_TOKEN_COST,
-    FinishReason,
-    RequestError,
-    Service,
-)
+from loraplex.engine.errors import RequestError
+from loraplex.engine.messages import FinishReason, Service
+from loraplex.engine.request import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST
 
 
 class Clock:

@@ -3,7 +3,9 @@ from __future__ import annotations
 from fake_device import FakeFiles, make_request
 
 from loraplex.engine.adapters.manager import Adapter
-from loraplex.engine.request import LoRARequest, Request, Service
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import Service
+from loraplex.engine.request import Request
 from loraplex.engine.scheduling.fair_queue import FairQueue
 
 ADAPTERS = {name: Adapter(LoRARequest(name, name), FakeFiles(name, 0), 0) for name in "abc"}

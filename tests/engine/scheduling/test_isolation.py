@@ -9,7 +9,7 @@ from fake_device import expected_tokens, fake_core, make_request, run_to_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.engine.request import FinishReason
+from loraplex.engine.messages import FinishReason
 from loraplex.engine.scheduling.isolation import MOST_BLAMED
 from loraplex.engine.step import StepBatch, StepResult
 

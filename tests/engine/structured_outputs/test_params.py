@@ -25,7 +25,8 @@ from tiny_tokenizer import write_tokenizer
 from transformers import AutoTokenizer
 
 from loraplex.engine.core import EngineCore
-from loraplex.engine.request import FinishReason, RequestError
+from loraplex.engine.errors import RequestError
+from loraplex.engine.messages import FinishReason
 from loraplex.engine.runner import sampler
 from loraplex.engine.runner.sampling_state import SamplingState
 from loraplex.engine.sampling_params import SamplingParams

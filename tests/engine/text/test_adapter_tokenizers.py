@@ -12,7 +12,7 @@ from tiny_tokenizer import write_tokenizer
 from tokenizers import Tokenizer
 
 from loraplex.engine.llm import LLM
-from loraplex.engine.request import LoRARequest
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.adapter_tokenizers import AdapterTokenizers
 from loraplex.engine.text.tokenizer import load_tokenizer

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from fakes import BOS, EOS, ByteTokenizer
 
-from loraplex.engine.request import LoRARequest, ModelInfo, Service
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import ModelInfo, Service
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.input_processor import InputProcessor, prompt_text
 

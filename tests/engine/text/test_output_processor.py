@@ -7,15 +7,10 @@ import time
 import pytest
 from fakes import EOS, ByteTokenizer
 
+from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.messages import EngineOutput, FinishReason, ModelInfo, TokenLogprobs
 from loraplex.engine.outputs import Logprob
-from loraplex.engine.request import (
-    EngineOutput,
-    FinishReason,
-    LoRARequest,
-    ModelInfo,
-    RequestError,
-    TokenLogprobs,
-)
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.input_processor import InputProcessor
 from loraplex.engine.text.output_processor import OutputProcessor

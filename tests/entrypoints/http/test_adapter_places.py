@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.engine.request import RequestError
+from loraplex.engine.errors import RequestError
 from loraplex.entrypoints.http.adapter_places import AdapterPlaces
 
 
