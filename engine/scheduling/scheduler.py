@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 from loraplex.engine.adapters.lifecycle import AdapterLifecycle
 from loraplex.engine.adapters.manager import Adapter, AdapterManager, Residency
@@ -14,19 +12,17 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import RequestError
 from loraplex.engine.memory.kv_manager import KVManager
 from loraplex.engine.memory.page_pool import PagePool
-from loraplex.engine.messages import AdapterWait, EngineOutput, FinishReason
+from loraplex.engine.messages import EngineOutput, FinishReason
 from loraplex.engine.request import Request, RequestStatus
-from loraplex.engine.scheduling.admission import Admission
-from loraplex.engine.scheduling.fair_queue import FairQueue
 from loraplex.engine.scheduling.fitting import Fitting
+from loraplex.engine.scheduling.waiting import WaitingRequests
 from loraplex.engine.step import StepBatch, StepPlan, StepResult
-from loraplex.engine.structured_outputs.grammar import CompilingRequests, dead_end
+from loraplex.engine.structured_outputs.grammar import dead_end
 from loraplex.lora.spec import AdapterChanged
 
 
 class Scheduler:
-    """Owns all requests: those whose grammars compile, waiting ones in a fair queue, running ones
-    in order of admission."""
+    """Owns all requests: those that wait, and running ones in order of admission."""
 
     def __init__(
         self,
@@ -47,10 +43,7 @@ class Scheduler:
         self._resolver = resolver
         self._lifecycle = lifecycle
         self._fitting = fitting
-        self._waiting = FairQueue()
-        self._admission = Admission(self._waiting, config.max_num_waiting, config.max_queue_seconds)
-        self._num_fetching = 0
-        self._compiling = CompilingRequests()
+        self._waiting = WaitingRequests(config, adapters, resolver)
         self._running: list[Request] = []
         self._stopped: list[Request] = []
         self._requests: dict[str, Request] = {}
@@ -67,70 +60,8 @@ class Scheduler:
         if request.request_id in self._requests:
             raise RequestError(f"request_id={request.request_id!r} is in use by another request")
         self._fitting.check(request, num_adapter_pages=0)
-        is_known = self._find_adapter(request)
-        try:
-            if is_known:
-                self._admission.check(request)
-            else:
-                self._admission.check_fetching(self._num_fetching)
-        except RequestError:
-            if not is_known:
-                self._resolver.leave(request)
-            raise
+        self._waiting.add(request)
         self._requests[request.request_id] = request
-        self._admission.enter(request)
-        self._enqueue(request, is_known)
-
-    def _find_adapter(self, request: Request) -> bool:
-        """Whether it is known which adapter version the request wants; else it will be told.
-
-        Raises RequestError.
-        """
-        lora_request = request.wire.lora_request
-        if lora_request is None:
-            return True
-        tell = partial(self._take_answer, request)
-        try:
-            request.adapter = self._resolver.resolve(lora_request, request, tell)
-        except ValueError as error:
-            raise RequestError(str(error), getattr(error, "status", 400)) from error
-        return request.adapter is not None
-
-    def _enqueue(self, request: Request, is_known: bool) -> None:
-        """The request waits for its turn, or first for its adapter to be known or its grammar."""
-        if not is_known:
-            request.status = RequestStatus.FETCHING
-            self._num_fetching += 1
-            request.entered_time = time.monotonic()
-            return
-        if request.grammar is None:
-            request.status = RequestStatus.WAITING
-            self._waiting.enter(request)
-        else:
-            request.status = RequestStatus.COMPILING
-            self._waiting.expect(request)
-            self._compiling.add(request)
-        request.entered_time = time.monotonic()
-        if request.adapter is not None:
-            self._adapters.enter(request.adapter, request.adapter_name)
-
-    def _take_answer(self, request: Request, outcome: Adapter | ValueError) -> None:
-        """Queue a request whose adapter is known now, or end it if there is none for it."""
-        self._num_fetching -= 1
-        request.adapter_wait = AdapterWait(download=time.monotonic() - request.entered_time)
-        try:
-            if isinstance(outcome, ValueError):
-                raise outcome
-            request.adapter = outcome
-            self._admission.check(request)
-        except ValueError as error:
-            if request.adapter is not None:
-                request.adapter.files.close()
-            else:
-                self._adapters.tally[request.adapter_name].failures += 1
-            self._finish_with_error(request, error)
-        else:
-            self._enqueue(request, is_known=True)
 
     def abort(self, request_id: str) -> None:
         """End a request; unknown and finished ones are ignored."""
@@ -158,11 +89,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """With those whose adapters are fetched and those whose grammars compile."""
-        return len(self._waiting) + self._num_fetching + len(self._compiling)
+        return len(self._waiting)
 
     @property
     def num_fetching(self) -> int:
-        return self._num_fetching
+        return self._waiting.num_fetching
 
     # -- one step --------------------------------------------------------------------------
 
@@ -177,18 +108,9 @@ class Scheduler:
         """
         self._pool.clock += 1
         self._adapters.finish_copies()
-        self._resolver.deliver()
-        is_memory_claimed = self._lifecycle.advance(self._requests.values())
-        self._admission.record_step()
-        for request, error in self._admission.take_late():
-            self._take_out(request)
+        for request, error in self._waiting.advance():
             self._finish_with_error(request, error)
-        for request, failure in self._compiling.take_ready():
-            if failure is not None:
-                self._finish_with_error(request, failure)
-            else:
-                request.status = RequestStatus.WAITING
-                self._waiting.push(request)
+        is_memory_claimed = self._lifecycle.advance(self._requests.values())
         plan = StepPlan()
         budget = self._schedule_running(plan)
         if not is_memory_claimed:
@@ -230,18 +152,15 @@ class Scheduler:
     def _admit_waiting(self, plan: StepPlan, budget: int, only: Sequence[Request] | None) -> None:
         if budget == 0 or len(self._running) >= self._max_num_seqs:
             return
-        candidates: Iterable[Request] = self._waiting.candidates(self._handicap)
+        candidates: Iterable[Request] = self._waiting.queue.candidates(self._handicap)
         if only is not None:
             candidates = [r for r in only if r.status is RequestStatus.WAITING]
         for request in candidates:
             try:
                 is_ready = self._bring_adapter(request)
-            except AdapterChanged as error:
-                self._ask_again(request, error)
-                continue
             except ValueError as error:
                 self._waiting.remove(request)
-                self._finish_with_error(request, error)
+                self._adapter_failed(request, error)
                 continue
             if is_ready is None:
                 continue
@@ -282,17 +201,15 @@ class Scheduler:
         self._fitting.check(request, num_pages)
         return self._adapters.start_copy(adapter, num_pages)
 
-    def _ask_again(self, request: Request, error: AdapterChanged) -> None:
-        """The version that a waiting request wants is gone: another one will do, unless that has
-        computed some of its output."""
-        self._waiting.remove(request)
-        if request.num_preemptions > 0:
-            self._finish_with_error(request, error)
-            return
-        self._leave(request)
-        request.adapter = None
-        request.block_hashes.clear()
-        self._enqueue(request, self._find_adapter(request))
+    def _adapter_failed(self, request: Request, error: ValueError) -> None:
+        """A request whose adapter cannot be had ends, unless the adapter's next version will do:
+        the one that it wants is gone, and has computed none of its output."""
+        try:
+            if not isinstance(error, AdapterChanged) or request.num_preemptions > 0:
+                raise error
+            self._waiting.ask_again(request)
+        except ValueError as refusal:
+            self._finish_with_error(request, refusal)
 
     def _admit(self, request: Request, budget: int) -> int:
         """Start or resume a request; returns its tokens for this step, 0 if memory lacks."""
@@ -322,26 +239,20 @@ class Scheduler:
             request.num_cached_tokens = num_computed_tokens
             self.num_prefix_hit_tokens += num_computed_tokens
             self.num_prompt_tokens += request.num_prompt_tokens
-            self._waiting.charge(request, request.num_prompt_tokens, 0)
+            self._waiting.queue.charge(request, request.num_prompt_tokens, 0)
         return num_new_tokens
 
     def _preempt(self, request: Request) -> None:
         """Give its memory to others; it starts over from the prefix cache later."""
         self._take_out(request)
-        request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.push(request)
+        self._waiting.push_back(request)
 
     def _take_out(self, request: Request) -> None:
         """Off the queue it is in, and off what it holds."""
-        if request.status is RequestStatus.FETCHING:
-            self._resolver.leave(request)
-            self._num_fetching -= 1
-            return
-        if request.status in (RequestStatus.COMPILING, RequestStatus.WAITING):
-            is_queued = request.status is RequestStatus.WAITING
-            (self._waiting if is_queued else self._compiling).remove(request)
+        if request.status is not RequestStatus.RUNNING:
+            self._waiting.remove(request)
             return
         self._running.remove(request)
         self._stopped.append(request)
@@ -389,7 +300,7 @@ class Scheduler:
                 self._finish_with_error(request, dead_end(request))
                 continue
             request.all_token_ids.append(token_id)
-            self._waiting.charge(request, 0, 1)
+            self._waiting.queue.charge(request, 0, 1)
             finish_reason, stop_reason = request.finish_reason_at(token_id)
             output = request.make_output(finish_reason)
             output.new_token_ids.append(token_id)
@@ -414,30 +325,20 @@ class Scheduler:
         self._finish(request, request.make_error_output(error))
 
     def _forget(self, request: Request) -> None:
-        if request.status is not RequestStatus.FETCHING:
-            self._leave(request)
+        self._waiting.leave(request)
         request.status = RequestStatus.FINISHED
         del self._requests[request.request_id]
-
-    def _leave(self, request: Request) -> None:
-        """The request, which neither waits nor runs any more, is of no key and no adapter."""
-        self._waiting.leave(request)
-        if request.adapter is not None:
-            self._adapters.leave(request.adapter)
 
     def check_integrity(self, in_flight: Sequence[StepBatch]) -> None:
         """Requests, blocks, adapters, pages and the steps in flight agree; also every page has one
         owner."""
         self._pool.check_integrity()
         self._kv.check_integrity(self._running)
-        in_queues = [*self._compiling, *self._running, *self._waiting]
-        self._adapters.check_integrity(in_queues)
-        self._resolver.check_integrity()
-        fetching = [r for r in self._requests.values() if r.status is RequestStatus.FETCHING]
-        assert len(fetching) == self._num_fetching
-        assert len(in_queues) + len(fetching) == len(self._requests)
-        assert {r.request_id for r in in_queues + fetching} == self._requests.keys()
+        self._waiting.check_integrity()
+        requests = [*self._waiting, *self._running]
+        self._adapters.check_integrity(requests)
+        assert len(requests) == len(self._requests)
+        assert {r.request_id for r in requests} == self._requests.keys()
         assert all(r.status is RequestStatus.RUNNING for r in self._running)
-        assert all(not r.block_table for r in self._waiting)
         num_pending = Counter(b.requests[i] for b in in_flight for i in b.sampled.tolist())
-        assert all(r.num_pending_tokens == num_pending[r] for r in in_queues)
+        assert all(r.num_pending_tokens == num_pending[r] for r in requests)

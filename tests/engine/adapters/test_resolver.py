@@ -171,6 +171,22 @@ def test_a_version_that_is_gone_is_replaced_for_those_that_wait():
     assert [a.version for a in core._adapters] == [f"{PATH}@1".encode()]
 
 
+def test_who_waits_for_a_version_that_is_gone_learns_that_there_is_no_next():
+    core = fake_core(num_pages=50)
+    store = core._device.adapter_store
+    core.add_request(request_of("r"))
+    core.step()
+    store.change(PATH)
+
+    def refuse(lora_request, refresh=False):
+        raise AdapterError("unplugged", status=404)
+
+    store.fetch = refuse
+    outputs = run_to_end(core)["r"]
+    assert (outputs[-1].error, outputs[-1].error_status) == ("unplugged", 404)
+    core.check_integrity()
+
+
 def test_answers_are_bounded_and_pins_outlast_them(monkeypatch):
     monkeypatch.setattr(resolver, "MAX_NUM_ANSWERS", 3)
     core = fake_core(num_pages=50)

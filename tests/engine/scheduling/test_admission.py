@@ -20,7 +20,7 @@ class Clock:
 
     def __init__(self, core: EngineCore) -> None:
         self.now = 1000.0
-        core._scheduler._admission._clock = lambda: self.now
+        core._scheduler._waiting._admission._clock = lambda: self.now
 
 
 def refused(core: EngineCore, request_id: str, **service) -> RequestError:
