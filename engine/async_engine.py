@@ -250,7 +250,10 @@ class AsyncEngine:
             service=service,
             tokenizer=tokenizer,
         )
-        return await call_for_text(process, len(prompt) if isinstance(prompt, str) else 0)
+        num_characters = sum(map(len, sampling_params.bad_words))
+        if isinstance(prompt, str):
+            num_characters += len(prompt)
+        return await call_for_text(process, num_characters)
 
     def _open(
         self,

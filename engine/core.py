@@ -142,7 +142,10 @@ class EngineCore:
             config, self._pool, self._kv, self._adapters, resolver, self._lifecycle, fitting
         )
         self._input_batch = InputBatch(
-            config.max_num_seqs, self.model_info.max_model_len, config.block_size
+            config.max_num_seqs,
+            self.model_info.max_model_len,
+            config.block_size,
+            self.model_info.vocab_size,
         )
         # Steps whose results have not been taken in, oldest first.
         self._in_flight: deque[tuple[StepBatch, PendingStep]] = deque()

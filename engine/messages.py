@@ -89,12 +89,15 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     request_id: str
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
-    """Its `stop`, `n` and `detokenize` are the front's business: the core knows no text."""
+    """Its `stop`, `bad_words`, `n` and `detokenize` are the front's business: the core knows no
+    text."""
     max_tokens: int
     """sampling_params.max_tokens, or what the model's length leaves."""
     eos_token_ids: list[int]
     seed: int
     """The sampling seed: the user's, or one drawn for the request."""
+    bad_words_token_ids: list[list[int]] = []
+    """sampling_params.bad_words in tokens."""
     lora_request: LoRARequest | None = None
     service: Service = msgspec.field(default_factory=Service)
     arrival_time: float = msgspec.field(default_factory=time.monotonic)

@@ -10,6 +10,8 @@ from typing import Any
 from loraplex.engine.structured_outputs.params import StructuredOutputsParams
 
 MAX_LOGPROBS = 100
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_LENGTH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ class SamplingParams:
     "mean" the mean of all, scaled to length 1."""
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Add to the logits of these token ids, each in [-100, 100]."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Nothing but these tokens; None allows all."""
+    bad_words: tuple[str, ...] = ()
+    """Words that do not come, whether a text begins with them or they follow a space: the token
+    that would complete one is not chosen. In other tokens the same letters may come."""
     structured_outputs: StructuredOutputsParams | None = None
     """What the text must look like: a JSON schema, a regular expression, ..."""
     detokenize: bool = True
@@ -69,6 +76,10 @@ class SamplingParams:
         # The object is frozen; this is its construction.
         object.__setattr__(self, "stop", _as_tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
+        object.__setattr__(self, "bad_words", _as_tuple(self.bad_words))
+        if self.allowed_token_ids is not None:
+            allowed = tuple(dict.fromkeys(_as_tuple(self.allowed_token_ids)))
+            object.__setattr__(self, "allowed_token_ids", allowed)
         try:
             logit_bias = {int(k): float(v) for k, v in (self.logit_bias or {}).items()}
         except (AttributeError, TypeError, ValueError):
@@ -97,9 +108,11 @@ class SamplingParams:
             _check(name, value, is_number and math.isfinite(value), "a finite number")
         _check("stop", self.stop, all(isinstance(s, str) and s for s in self.stop),
                "a non-empty string or several")  # fmt: skip
-        _check("stop_token_ids", self.stop_token_ids,
-               all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
-               "token ids of 0 or more")  # fmt: skip
+        _check("bad_words", self.bad_words, all(isinstance(s, str) and s for s in self.bad_words),
+               "non-empty strings")  # fmt: skip
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            value = getattr(self, name) or ()
+            _check(name, value, all(_is_int(t) and t >= 0 for t in value), "token ids of 0 or more")
 
     def _check_ranges(self) -> None:
         _check("n", self.n, 1 <= self.n <= 128, "1 to 128")
@@ -125,18 +138,28 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _check(name, value, 0 <= value <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}, or None")
+        allowed = self.allowed_token_ids
+        _check("allowed_token_ids", allowed, allowed is None or len(allowed) > 0,
+               "one token id at least, or None for all")  # fmt: skip
+        _check("bad_words", f"{len(self.bad_words)} words", len(self.bad_words) <= MAX_BAD_WORDS,
+               f"at most {MAX_BAD_WORDS} words")  # fmt: skip
+        for word in self.bad_words:
+            _check("bad_words", word, len(word) <= MAX_BAD_WORD_LENGTH,
+                   f"words of at most {MAX_BAD_WORD_LENGTH} characters")  # fmt: skip
         for token_id, bias in self.logit_bias.items():
             _check(f"logit_bias[{token_id}]", bias, token_id >= 0 and -100 <= bias <= 100,
                    "a token id of 0 or more with a bias of -100 to 100")  # fmt: skip
 
     def _check_structured_outputs(self) -> None:
-        """The grammar alone says where the output may end."""
+        """The grammar alone says what may come, and where the output may end."""
         value = self.structured_outputs
         _check("structured_outputs", value, isinstance(value, StructuredOutputsParams),
                "StructuredOutputsParams")  # fmt: skip
         allowed = "its default with structured_outputs"
         _check("ignore_eos", self.ignore_eos, not self.ignore_eos, allowed)
         _check("min_tokens", self.min_tokens, self.min_tokens == 0, allowed)
+        _check("allowed_token_ids", self.allowed_token_ids, self.allowed_token_ids is None, allowed)
+        _check("bad_words", self.bad_words, not self.bad_words, allowed)
 
     @property
     def is_greedy(self) -> bool:

@@ -322,11 +322,13 @@ class GpuModelRunner:
     ) -> PendingGpuStep:
         """Choose tokens, keep them for later steps, and send them to the host."""
         sampling, logprobs = batch.sampling, None
-        if sampling.adjustments is not None or (sampling.num_logprobs >= 0).any():
+        if (sampling.num_logprobs >= 0).any():
             sampled = sampler.sample(logits, sampling)
             chosen = torch.from_numpy(sampled.token_ids).to(self._device)
             logprobs = sampled.logprobs
-        elif sampling.temperature.any():
+        elif sampling.adjustments is not None or sampling.temperature.any():
+            if sampling.adjustments is not None:
+                logits = sampler.adjust(logits, sampling.adjustments)
             chosen = torch.empty(len(logits), dtype=torch.int64, device=self._device)
             fields = [self._inputs.device[name][: len(logits)] for name in SAMPLING_FIELDS]
             native.sample(chosen, logits, *fields)

@@ -25,7 +25,9 @@ PENDING = -1
 class InputBatch:
     """Rows of the running requests: their tokens, blocks and sampling parameters."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int
+    ) -> None:
         self._block_size = block_size
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         # PENDING where a token is on its way. The last row, slot -1, is for tokens of requests that
@@ -38,7 +40,7 @@ class InputBatch:
         self._num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self._sort_key = np.zeros(max_num_seqs, np.int64)
         self._adapter_start = np.zeros(max_num_seqs, np.int32)
-        self._sampling = SamplingState(max_num_seqs)
+        self._sampling = SamplingState(max_num_seqs, vocab_size)
         self._segments = _Segments()
 
     def release(self, stopped: list[Request]) -> None:

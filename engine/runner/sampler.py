@@ -1,13 +1,13 @@
 """Logits to tokens. Works on tensors of any device; knows no requests.
 
-The order of things: log-probabilities are of the raw logits; then logit_bias, min_tokens, the
-penalties and the grammars' masks; then, for rows that are not greedy, temperature, min_p, top_k,
-top_p and the inverse of the cumulative distribution at the row's one uniform number. Where tokens
-are ranked, it is by logit and among equals by token id, so that ties depend neither on the device
-nor on the batch.
+The order of things: log-probabilities are of the raw logits; then logit_bias, forbidden tokens,
+the penalties and the masks of grammars and allowed_token_ids; then, for rows that are not greedy,
+temperature, min_p, top_k, top_p and the inverse of the cumulative distribution at the row's one
+uniform number. Where tokens are ranked, it is by logit and among equals by token id, so that ties
+depend neither on the device nor on the batch.
 
-Numbers come back to the host several times here, for which a GPU has to be waited for:
-`native.sample` chooses by the same definition without, where logits are taken as they are.
+Numbers come back to the host several times in `sample`, for which a GPU has to be waited for:
+`native.sample` chooses by the same definition without, from what `adjust` gives.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ NUM_STRIPES = 16
 BLOCK = 256
 
 # What eight bits of a mask, the lowest first, add to the logits of eight tokens; [256, 8].
-OCTET_PENALTIES = torch.tensor(
-    [[0.0 if octet >> bit & 1 else -torch.inf for bit in range(8)] for octet in range(256)]
+OCTET_PENALTIES = np.array(
+    [[0.0 if octet >> bit & 1 else -np.inf for bit in range(8)] for octet in range(256)],
+    np.float32,
 )
 
 
@@ -73,13 +74,19 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> SamplerOutput:
         token_ids = np.empty(len(logits), np.int64)
         plain = np.delete(rows, adjustments.rows)
         token_ids[plain] = _choose(logits, batch, plain)
-        for part in _chunks(np.arange(len(adjustments.rows)), logits):
-            adjusted_rows = adjustments.rows[part]
-            adjusted = _adjust(_take(logits, adjusted_rows), adjustments, part)
+        for adjusted_rows, adjusted in _adjusted_parts(logits, adjustments):
             token_ids[adjusted_rows] = _choose(
-                adjusted, batch.select(adjusted_rows), part - part[0]
+                adjusted, batch.select(adjusted_rows), np.arange(len(adjusted_rows))
             )
     return SamplerOutput(token_ids=token_ids, logprobs=_score_sampled(logits, batch, token_ids))
+
+
+def adjust(logits: torch.Tensor, adjustments: LogitAdjustments) -> torch.Tensor:
+    """The logits [R, vocab_size] with a batch's adjustments, in float32. Waits for no device."""
+    all_adjusted = logits.to(torch.float32, copy=True)
+    for rows, adjusted in _adjusted_parts(logits, adjustments):
+        all_adjusted.index_copy_(0, _to(logits, rows), adjusted)
+    return all_adjusted
 
 
 def prompt_logprobs(
@@ -248,9 +255,18 @@ def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     return values, token_ids, is_sure
 
 
+def _adjusted_parts(
+    logits: torch.Tensor, adjustments: LogitAdjustments
+) -> Iterator[tuple[Int64Array, torch.Tensor]]:
+    """The adjusted rows, so many at a time, and their logits [N, vocab_size] with adjustments."""
+    for part in _chunks(np.arange(len(adjustments.rows)), logits):
+        rows = adjustments.rows[part]
+        yield rows, _adjust(_take(logits, rows), adjustments, part)
+
+
 def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: Int64Array) -> torch.Tensor:
-    """Logits, in float32, with bias, min_tokens, penalties and masks. They are of a part of the
-    adjusted rows: a range of indices into adjustments.rows."""
+    """Logits, in float32, with bias, forbidden tokens, penalties and masks. They are of a part of
+    the adjusted rows: a range of indices into adjustments.rows."""
     first, last = part[0], part[-1]
 
     def locate(tokens: TokensOfRows) -> tuple[torch.Tensor, torch.Tensor, slice]:
@@ -287,7 +303,7 @@ def _penalties(logits: torch.Tensor, masks: Int32Array) -> torch.Tensor:
     """0 where masks [N, words of 32 tokens] have a bit, else -inf: float32 [N, vocab_size], where
     the logits are. A byte at a time: eight tokens for the price of one."""
     octets = _to(logits, masks.view(np.uint8)).int()
-    penalties = torch.nn.functional.embedding(octets, OCTET_PENALTIES.to(logits.device))
+    penalties = torch.nn.functional.embedding(octets, _to(logits, OCTET_PENALTIES))
     return penalties.flatten(1)[:, : logits.shape[1]]
 
 
@@ -368,8 +384,12 @@ def _take(tensor: torch.Tensor, rows: Int64Array) -> torch.Tensor:
 
 
 def _to(tensor: torch.Tensor, array: npt.NDArray) -> torch.Tensor:
-    """The array on the tensor's device."""
-    return torch.from_numpy(array).to(tensor.device, non_blocking=True)
+    """The array on the tensor's device, without waiting for what that does."""
+    copied = torch.from_numpy(array)
+    if tensor.device.type == "cuda":
+        # A copy from memory that may be paged out waits for all that the device was given before.
+        copied = copied.pin_memory()
+    return copied.to(tensor.device, non_blocking=True)
 
 
 def _column(parameter: npt.NDArray, rows: Int64Array, tensor: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,14 @@ a counter-based hash. So a request's tokens depend neither on its batch nor on p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from loraplex.engine.messages import EngineRequest
+from loraplex.engine.runner.bad_words import BadWords
 from loraplex.engine.structured_outputs.grammar import Grammar
 
 Float32Array = npt.NDArray[np.float32]
@@ -47,14 +49,15 @@ class LogitAdjustments:
     rows: Int64Array  # [A], rows of the batch, ascending
     biased: TokensOfRows  # no token twice in a row
     biases: Float32Array  # for each of `biased`
-    forbidden: TokensOfRows  # end-of-sequence and stop tokens, before min_tokens
+    forbidden: TokensOfRows  # what ends the output, before min_tokens; ends of bad words
     prompt: TokensOfRows  # of rows with penalties, and so is `output`
     output: TokensOfRows
     repetition: Float32Array  # [A], 1 where there is no penalty
     presence: Float32Array  # [A], 0 where there is no penalty
     frequency: Float32Array  # [A], 0 where there is no penalty
-    masked: Int64Array  # [M], indices into `rows`, ascending: those with a grammar
+    masked: Int64Array  # [M], indices into `rows`, ascending: of grammars and allowed_token_ids
     allowed: Int32Array  # [M, words of 32 tokens], bit t % 32 of word t // 32 for token t
+    needs_output: bool  # whether they depend on the tokens before, which the host had to know
 
 
 @dataclass(slots=True)
@@ -72,11 +75,7 @@ class SamplingBatch:
     @property
     def needs_output(self) -> bool:
         """Whether a row is chosen by the tokens before it, which the host had to know."""
-        adjustments = self.adjustments
-        if adjustments is None:
-            return False
-        # A row with penalties has its prompt there, and no prompt is empty.
-        return len(adjustments.prompt.rows) > 0 or len(adjustments.masked) > 0
+        return self.adjustments is not None and self.adjustments.needs_output
 
     def select(self, rows: Int64Array) -> SamplingBatch:
         """These rows as a batch, without adjustments."""
@@ -95,16 +94,42 @@ class SamplingBatch:
 class _SlotAdjustments:
     biased: Int64Array
     biases: Float32Array
-    forbidden: Int64Array
+    ends: Int64Array  # end-of-sequence and stop tokens
     min_tokens: int
+    bad_words: BadWords
+    allowed_token_ids: Int64Array  # empty for all
     has_penalties: bool
-    grammar: Grammar | None
+    mask: Grammar | Int32Array | None  # those of a grammar, or one of allowed_token_ids
+
+    @property
+    def needs_output(self) -> bool:
+        return (
+            self.has_penalties
+            or self.bad_words.needs_output
+            or not isinstance(self.mask, np.ndarray | None)
+        )
+
+    def forbidden(self, output: Int32Array) -> Int64Array:
+        """What must not follow this output. Where nothing else is allowed, it may: there must be
+        a token."""
+        parts = self.bad_words.next_tokens(output)
+        if len(output) < self.min_tokens:
+            parts.append(self.ends)
+        if not parts:
+            return NO_TOKENS
+        forbidden = np.concatenate(parts)
+        allowed = self.allowed_token_ids
+        if 0 < len(allowed) <= len(forbidden) and np.isin(allowed, forbidden).all():
+            return NO_TOKENS
+        return forbidden
 
 
 class SamplingState:
     """Sampling parameters of the running requests, by slot."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+        """vocab_size: of the logits."""
+        self._mask_words = -(-vocab_size // 32)
         self._temperature = np.zeros(max_num_seqs, np.float32)
         self._top_k = np.zeros(max_num_seqs, np.int32)
         self._top_p = np.zeros(max_num_seqs)
@@ -132,18 +157,27 @@ class SamplingState:
         self._generator[slot] = generator_state(request.seed)
 
         eos_token_ids = [] if params.ignore_eos else request.eos_token_ids
-        forbidden = {*params.stop_token_ids, *eos_token_ids}
-        if params.has_penalties or params.logit_bias or grammar is not None:
+        ends = {*params.stop_token_ids, *eos_token_ids}
+        allowed = params.allowed_token_ids
+        if (
+            params.has_penalties
+            or params.logit_bias
+            or request.bad_words_token_ids
+            or allowed is not None
+            or grammar is not None
+        ):
             self._adjusted_until[slot] = EVERYTHING
         else:
-            self._adjusted_until[slot] = params.min_tokens if forbidden else 0
+            self._adjusted_until[slot] = params.min_tokens if ends else 0
         self._adjustments[slot] = _SlotAdjustments(
             biased=np.array(list(params.logit_bias), np.int64),
             biases=np.array(list(params.logit_bias.values()), np.float32),
-            forbidden=np.array(sorted(forbidden), np.int64),
+            ends=np.array(sorted(ends), np.int64),
             min_tokens=params.min_tokens,
+            bad_words=BadWords(request.bad_words_token_ids),
+            allowed_token_ids=np.array(allowed or (), np.int64),
             has_penalties=params.has_penalties,
-            grammar=grammar,
+            mask=grammar if allowed is None else _mask(allowed, self._mask_words),
         )
 
     def remove(self, slot: int) -> None:
@@ -162,7 +196,7 @@ class SamplingState:
 
         slots [R] and num_output_tokens [R] (how many each has so far) are by row; token_ids
         [max_num_seqs or more, max_len], num_prompt_tokens and num_tokens [max_num_seqs] are by
-        slot. Of token_ids only those of slots with penalties are read.
+        slot. Of token_ids only those of slots whose tokens depend on them are read.
         """
         adjusted = np.flatnonzero(num_output_tokens < self._adjusted_until[slots])
         adjustments = None
@@ -191,14 +225,12 @@ class SamplingState:
         states, forbidden, prompts, outputs = [], [], [], []
         for slot in slots.tolist():
             state = self._adjustments[slot]
-            num_prompt, num_all = num_prompt_tokens[slot], num_tokens[slot]
-            is_early = num_all - num_prompt < state.min_tokens
+            num_prompt = num_prompt_tokens[slot]
+            output = token_ids[slot, num_prompt : num_tokens[slot]]
             states.append(state)
-            forbidden.append(state.forbidden if is_early else NO_TOKENS)
+            forbidden.append(state.forbidden(output))
             prompts.append(token_ids[slot, :num_prompt] if state.has_penalties else NO_TOKENS)
-            outputs.append(
-                token_ids[slot, num_prompt:num_all] if state.has_penalties else NO_TOKENS
-            )
+            outputs.append(output if state.has_penalties else NO_TOKENS)
         return LogitAdjustments(
             rows=rows,
             biased=_flatten([state.biased for state in states]),
@@ -209,17 +241,27 @@ class SamplingState:
             repetition=self._repetition[slots],
             presence=self._presence[slots],
             frequency=self._frequency[slots],
-            masked=np.array([i for i, s in enumerate(states) if s.grammar is not None], np.int64),
-            allowed=_masks([s.grammar for s in states if s.grammar is not None]),
+            masked=np.array([i for i, s in enumerate(states) if s.mask is not None], np.int64),
+            allowed=self._masks([s.mask for s in states if s.mask is not None]),
+            needs_output=any(state.needs_output for state in states),
         )
 
+    def _masks(self, sources: list[Grammar | Int32Array]) -> Int32Array:
+        """What each of them admits next."""
+        masks = np.empty((len(sources), self._mask_words), np.int32)
+        for source, mask in zip(sources, masks, strict=True):
+            if isinstance(source, np.ndarray):
+                mask[:] = source
+            else:
+                source.fill_mask(mask)
+        return masks
 
-def _masks(grammars: list[Grammar]) -> Int32Array:
-    """What each grammar admits next."""
-    masks = np.empty((len(grammars), grammars[0].mask_words if grammars else 0), np.int32)
-    for grammar, mask in zip(grammars, masks, strict=True):
-        grammar.fill_mask(mask)
-    return masks
+
+def _mask(token_ids: Sequence[int], num_words: int) -> Int32Array:
+    """These tokens as bits."""
+    bits = np.zeros(32 * num_words, np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def _flatten(token_ids_of_rows: list[npt.NDArray]) -> TokensOfRows:

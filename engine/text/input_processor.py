@@ -51,6 +51,7 @@ class InputProcessor:
         max_tokens = self._max_tokens(len(prompt_token_ids), sampling_params)
         if sampling_params.pooling is not None:
             max_tokens = 1  # It comes with the prompt, and is nobody's.
+        bad_words = [] if tokenizer is None else _bad_words(sampling_params.bad_words, tokenizer)
         seed = self._seeds.getrandbits(64) if sampling_params.seed is None else sampling_params.seed
         num = sampling_params.n
         return [
@@ -60,6 +61,7 @@ class InputProcessor:
                 sampling_params=sampling_params,
                 max_tokens=max_tokens,
                 eos_token_ids=eos_token_ids,
+                bad_words_token_ids=bad_words,
                 seed=(seed + index) % 2**64,
                 lora_request=lora_request,
                 service=service or Service(),
@@ -73,10 +75,12 @@ class InputProcessor:
                 f"stop={describe(params.stop)} is not allowed without text: it needs a tokenizer "
                 "and detokenize=True"
             )
-        if params.structured_outputs is not None and self._tokenizer is None:
-            raise ValueError("structured_outputs is not allowed without a tokenizer: it is of text")
+        for name in ("structured_outputs", "bad_words"):
+            if getattr(params, name) and self._tokenizer is None:
+                raise ValueError(f"{name} is not allowed without a tokenizer: it is of text")
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("logit_bias", params.logit_bias)
+        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
 
     def _prompt_token_ids(self, prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
         content = _content(prompt)
@@ -120,6 +124,19 @@ class InputProcessor:
                     f"token id {token_id} in {field} is not allowed: it must be 0 to "
                     f"{vocab_size - 1}, the vocabulary"
                 )
+
+
+def _bad_words(words: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of each word as a text begins with it, and as it follows a space, if that is not
+    the same behind a token for the space."""
+    sequences = []
+    for word in words:
+        word = word.lstrip() or word
+        bare, spaced = (
+            tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")
+        )
+        sequences += [bare] if spaced[-len(bare) :] == bare else [bare, spaced]
+    return [sequence for sequence in sequences if sequence]
 
 
 def prompt_text(prompt: Prompt) -> str | None:

@@ -24,8 +24,6 @@ IGNORED_FIELDS = frozenset(
 )
 # Fields that are not supported, with the values that ask for nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "length_penalty": (1.0,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
@@ -105,6 +103,8 @@ class GenerationRequest(StrictModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(token_id_keys)] = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -118,7 +118,8 @@ class GenerationRequest(StrictModel):
     SAMPLING_FIELDS: ClassVar[tuple[str, ...]] = (
         "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output",
-        "min_tokens", "ignore_eos", "skip_special_tokens", "logit_bias", "prompt_logprobs",
+        "min_tokens", "ignore_eos", "skip_special_tokens", "logit_bias", "allowed_token_ids",
+        "bad_words", "prompt_logprobs",
     )  # fmt: skip
 
     @model_validator(mode="after")

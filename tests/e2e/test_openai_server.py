@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -122,6 +123,30 @@ async def test_schemas_of_many_requests_at_once_and_one_that_is_wrong(url):
         assert answer[f"f{number}"] in (number, number + 1)
     assert isinstance(error, openai.BadRequestError)
     assert error.param == "structured_outputs.regex"
+
+
+def test_words_that_must_not_come_and_tokens_that_may(client):
+    def ask(**fields) -> str:
+        answer = client.chat.completions.create(
+            model=MODEL, messages=ASK, temperature=0, max_tokens=12, extra_body=fields
+        )
+        return answer.choices[0].message.content
+
+    words = ask().split()
+    assert len(words) > 4
+    for word in {words[0], words[3], " ".join(words[1:3])}:
+        held = ask(bad_words=[word])
+        assert held and word not in held
+    tokens = httpx.post(
+        str(client.base_url).replace("/v1/", "/tokenize"),
+        json={"prompt": "0123456789", "return_token_strs": True},
+    ).json()
+    assert tokens["token_strs"] == list("0123456789")
+    text = ask(allowed_token_ids=tokens["tokens"])
+    assert re.fullmatch("[0-9]{12}", text)
+    with pytest.raises(openai.BadRequestError, match="allowed_token_ids") as refusal:
+        ask(allowed_token_ids=[49152])
+    assert "0 to 49151" in refusal.value.message
 
 
 WEATHER = {

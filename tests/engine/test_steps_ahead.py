@@ -6,6 +6,7 @@ import time
 
 import pytest
 from fake_device import (
+    VOCAB_SIZE,
     FakeRunner,
     expected_tokens,
     fake_core,
@@ -304,3 +305,20 @@ def test_a_copy_waits_for_the_step_in_flight_only_if_that_may_use_its_pages():
         run_to_end(core)
     assert waits[0] is False, "nobody has used these pages"
     assert set(waits) == {True, False}
+
+
+def test_bad_words_of_several_tokens_are_seen_in_time():
+    """Their beginnings are tokens that the host must know before it asks for the next."""
+    free = make_request("free", [1, 2, 3], max_tokens=12)
+    sequence = expected_tokens(free)[4:7]
+    core = ahead_core()
+    held = make_request("held", [1, 2, 3], max_tokens=12)
+    held.bad_words_token_ids = [sequence, [5]]
+    for request in (free, held):
+        core.add_request(request)
+    outputs = run_to_end(core)
+    assert tokens_of(outputs["free"]) == expected_tokens(free)
+    output = tokens_of(outputs["held"])
+    assert output[:6] == expected_tokens(free)[:6]
+    assert output[6] == (sequence[-1] + 1) % VOCAB_SIZE
+    core.check_integrity()

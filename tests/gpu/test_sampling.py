@@ -7,6 +7,11 @@ import pytest
 import torch
 from sampling_rows import ALL_SHAPES, make_batch, make_rows, num_unlike_the_sampler, sample
 
+from loraplex.engine.messages import EngineRequest
+from loraplex.engine.runner import sampler
+from loraplex.engine.runner.sampling_state import SamplingState
+from loraplex.engine.sampling_params import SamplingParams
+
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -64,3 +69,42 @@ def test_without_a_distribution_the_largest_is_chosen() -> None:
 def test_no_rows() -> None:
     batch = make_batch(8, 1).select(np.zeros(0, np.int64))
     assert len(sample(torch.zeros(0, 8, device="cuda"), batch)) == 0
+
+
+def request_of(params: SamplingParams, bad_words: list[list[int]]) -> EngineRequest:
+    return EngineRequest(
+        request_id="r",
+        prompt_token_ids=[1, 2],
+        sampling_params=params,
+        max_tokens=99,
+        eos_token_ids=[7],
+        seed=0,
+        bad_words_token_ids=bad_words,
+    )
+
+
+def test_adjusting_logits_waits_for_nothing() -> None:
+    """Every kind of adjustment at once, on either device to the same end."""
+    vocab_size, slots = 32000, np.arange(64)
+    state = SamplingState(64, vocab_size)
+    params = SamplingParams(
+        logit_bias={5: 3.0}, min_tokens=9, repetition_penalty=1.3, presence_penalty=0.5,
+        frequency_penalty=0.5, allowed_token_ids=range(0, vocab_size, 7), bad_words=["x"],
+    )  # fmt: skip
+    for slot in range(0, 64, 2):
+        state.add(slot, request_of(params, [[3, 4], [14]]))
+    for slot in range(1, 64, 2):
+        state.add(slot, request_of(SamplingParams(), []))
+    token_ids = np.tile(np.array([1, 2, 3, 3], np.int32), (64, 1))
+    num_prompt, num_tokens = np.full(64, 2, np.int32), np.full(64, 4, np.int32)
+    batch = state.gather(slots, num_tokens - num_prompt, token_ids, num_prompt, num_tokens)
+    assert batch.adjustments is not None
+    logits = torch.randn(64, vocab_size).bfloat16()
+    on_gpu = logits.cuda()
+    sampler.adjust(on_gpu, batch.adjustments)  # pins memory, once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        adjusted = sampler.adjust(on_gpu, batch.adjustments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(adjusted.cpu(), sampler.adjust(logits, batch.adjustments))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sampling_rows import sample as sample_natively
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -32,10 +33,10 @@ class Requests:
         self.outputs = outputs or [[]] * num
         self.seeds = seeds or list(range(num))
 
-    def batch(self, rows=None):
+    def batch(self, rows=None, vocab_size=64):
         """Rows sit in slots in reverse, among empty ones."""
         num_slots = 2 * len(self.params)
-        state = SamplingState(num_slots)
+        state = SamplingState(num_slots, vocab_size)
         token_ids = np.full((num_slots, 64), 7, np.int32)
         num_prompt = np.zeros(num_slots, np.int32)
         num_tokens = np.zeros(num_slots, np.int32)
@@ -53,6 +54,7 @@ class Requests:
                     max_tokens=99,
                     eos_token_ids=[EOS],
                     seed=self.seeds[row],
+                    bad_words_token_ids=bad_words_token_ids(self.params[row]),
                 ),
             )
         slots = slots if rows is None else slots[rows]
@@ -63,7 +65,7 @@ class Requests:
     def sample(self, logits, rows=None):
         logits = logits if rows is None else logits[rows]
         before = logits.clone()
-        output = sampler.sample(logits, self.batch(rows))
+        output = sampler.sample(logits, self.batch(rows, logits.shape[1]))
         assert torch.equal(logits, before), "the logits are the caller's"
         return output
 
@@ -80,9 +82,17 @@ class Requests:
         ]
 
 
+def bad_words_token_ids(params) -> list[list[int]]:
+    """In these tests words are the numbers of their tokens."""
+    return [list(map(int, word.split())) for word in params.bad_words]
+
+
 def adjust_by_definition(logits, params, prompt, output):
     for token_id, bias in params.logit_bias.items():
         logits[token_id] += bias
+    for *beginning, last in bad_words_token_ids(params):
+        if output[len(output) - len(beginning) :] == beginning:
+            logits[last] = -np.inf
     if len(output) < params.min_tokens:
         for token_id in [*params.stop_token_ids, *([] if params.ignore_eos else [EOS])]:
             logits[token_id] = -np.inf
@@ -94,6 +104,9 @@ def adjust_by_definition(logits, params, prompt, output):
     for token_id in set(output):
         logits[token_id] -= params.presence_penalty
         logits[token_id] -= params.frequency_penalty * output.count(token_id)
+    if params.allowed_token_ids is not None:
+        forbidden = np.delete(np.arange(len(logits)), params.allowed_token_ids)
+        logits[forbidden] = -np.inf
     return logits
 
 
@@ -143,6 +156,13 @@ KINDS = [
     {"repetition_penalty": 0.6, "presence_penalty": 1.5, "frequency_penalty": -0.7},
     {"presence_penalty": -2, "top_k": 3},
     {"frequency_penalty": 2, "min_tokens": 4, "logit_bias": {7: 3.5}, "min_p": 0.1},
+    {"allowed_token_ids": [3, 39, 8], "temperature": 0},
+    {"allowed_token_ids": [0, 31, 32, 6], "top_p": 0.9, "repetition_penalty": 1.3},
+    {"bad_words": ["5", "1 2", "3 4 5", "7 7"], "temperature": 0},
+    {
+        "bad_words": [f"{a} {b}" for a in range(12) for b in range(a)],
+        "allowed_token_ids": range(30),
+    },
 ]
 
 
@@ -321,8 +341,50 @@ def test_min_tokens_forbid_ends_until_they_are_reached():
     assert Requests([plain]).batch().adjustments is None, "nothing to forbid"
 
 
+def test_where_all_that_is_allowed_is_forbidden_it_may_come():
+    params = SamplingParams(
+        temperature=0, allowed_token_ids=[EOS, 5], bad_words=["5"], min_tokens=3
+    )
+    logits = torch.arange(16.0).expand(3, -1)
+    requests = Requests([params] * 3, outputs=[[], [5], [5, 5, 5]])
+    assert requests.sample(logits).token_ids.tolist() == [5, 5, EOS]
+
+
+def test_only_what_is_chosen_by_the_output_needs_it():
+    for needs_output, params in (
+        (False, {}),
+        (False, {"bad_words": ["5", "6"], "min_tokens": 2, "logit_bias": {1: 2.0}}),
+        (False, {"allowed_token_ids": [5, 6]}),
+        (True, {"bad_words": ["5", "6 7"]}),
+        (True, {"presence_penalty": 1}),
+    ):
+        assert Requests([SamplingParams(**params)] * 2).batch().needs_output == needs_output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adjusted_logits_follow_the_definitions(dtype, monkeypatch):
+    """They are all that the native sampler is given, with the batch's other fields."""
+    requests = mixed_requests(3 * len(KINDS), 4, 100)
+    logits = make_logits(len(requests.params), 100, 2, dtype)
+    expected = [
+        adjust_by_definition(row, params, prompt, output)
+        for row, params, prompt, output in zip(
+            logits.double().numpy(), requests.params, requests.prompts, requests.outputs,
+            strict=True,
+        )
+    ]  # fmt: skip
+    monkeypatch.setattr(sampler, "CPU_CHUNK_ELEMENTS", 700)
+    batch = requests.batch(vocab_size=100)
+    adjusted = sampler.adjust(logits, batch.adjustments)
+    np.testing.assert_allclose(adjusted.numpy(), np.array(expected), rtol=1e-5, atol=1e-5)
+    is_greedy = batch.temperature == 0
+    token_ids = sample_natively(adjusted, batch)
+    assert token_ids[is_greedy].tolist() == adjusted.argmax(-1).numpy()[is_greedy].tolist()
+    assert (token_ids == requests.sample(logits).token_ids).mean() > 0.98
+
+
 def test_slots_are_used_again_without_traces():
-    state = SamplingState(1)
+    state = SamplingState(1, 64)
     tokens, counts = np.zeros((1, 8), np.int32), np.ones(1, np.int32)
 
     def gather(params):

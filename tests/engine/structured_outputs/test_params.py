@@ -285,7 +285,7 @@ class OneMask:
 def test_only_masked_rows_are_masked(vocab_size, monkeypatch):
     """Among rows with other adjustments and none, in chunks of any size."""
     monkeypatch.setattr(sampler, "CPU_CHUNK_ELEMENTS", 3 * vocab_size)
-    state = SamplingState(16)
+    state = SamplingState(16, vocab_size)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(12, vocab_size, generator=generator).bfloat16()
     best = logits.float().argmax(-1).tolist()

@@ -91,6 +91,7 @@ def test_max_tokens_ends_with_the_models_length(max_tokens, expected):
         ([1] * 15, {"min_tokens": 6, "max_tokens": None}, "min_tokens=6 .* at most 5"),
         ([1], {"stop_token_ids": [300]}, "300 in stop_token_ids"),
         ([1], {"logit_bias": {5: 1.0, 300: 1.0}}, "300 in logit_bias"),
+        ([1], {"allowed_token_ids": [5, 300]}, "300 in allowed_token_ids"),
         ([1], {"stop": "x", "detokenize": False}, r"stop=\('x',\) .* detokenize=True"),
     ],
 )
@@ -104,3 +105,31 @@ def test_without_a_tokenizer_there_is_no_text():
         processor().process("r", "hi", SamplingParams())
     with pytest.raises(ValueError, match="stop=.* needs a tokenizer"):
         processor().process("r", [1], SamplingParams(stop="x"))
+    with pytest.raises(ValueError, match="bad_words is not allowed without a tokenizer"):
+        processor().process("r", [1], SamplingParams(bad_words=["x"]))
+
+
+class WordTokenizer(ByteTokenizer):
+    """Knows "hi" and " hi" as tokens of their own."""
+
+    def encode(self, text, add_special_tokens=True):
+        whole = {"hi": [270], " hi": [271]}
+        return whole.get(text) or super().encode(text, add_special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("words", "token_ids"),
+    [
+        (["hi"], [[270], [271]]),
+        ([" hi"], [[270], [271]]),
+        (["ho"], [[104, 111]]),  # behind a space, it ends the same
+        (["\n"], [[10]]),
+        ([], []),
+    ],
+)
+def test_bad_words_begin_a_text_or_follow_a_space(words, token_ids):
+    params = SamplingParams(bad_words=words)
+    (request,) = processor(WordTokenizer()).process("r", [1], params)
+    assert request.bad_words_token_ids == token_ids
+    (request,) = processor(ByteTokenizer()).process("r", [1], params, tokenizer=WordTokenizer())
+    assert request.bad_words_token_ids == token_ids, "an adapter's own tokenizer splits them"
