@@ -33,6 +33,7 @@ from loraplex.engine.runner.model_runner import ModelRunner
 from loraplex.engine.runner.parallel_model import Group, join_model
 from loraplex.engine.runner.pooled_adapters import PooledAdapters
 from loraplex.engine.text.generation_config import read_default_sampling, read_eos_token_ids
+from loraplex.engine.versions import warn_of_unsuitable_packages
 from loraplex.lora.host_store import HostAdapterStore
 from loraplex.lora.shards import sharded_spec
 from loraplex.lora.sources.fetcher import AdapterFetcher
@@ -63,6 +64,7 @@ class TorchDevice:
     ) -> None:
         """shard: what of the model is here; meeting: the directory where all processes that have
         some of it meet; make_adapters: takes the fields of PooledAdapters."""
+        warn_of_unsuitable_packages()
         device = resolve_device(config, shard)
         path = locate_model(config.model, config.revision)
         whole_config = read_model_config(path)

@@ -52,7 +52,10 @@ class Oracle:
     ) -> None:
         self._make_cache = Float8Cache if float8_kv else DynamicCache
         (architecture,) = AutoConfig.from_pretrained(model_path).architectures
-        model = getattr(transformers, architecture).from_pretrained(model_path, dtype=dtype)
+        # Eager, since some versions of transformers drop Gemma 2's soft cap in others.
+        model = getattr(transformers, architecture).from_pretrained(
+            model_path, dtype=dtype, attn_implementation="eager"
+        )
         self.model = model.eval()
         for name, path in adapters.items():
             if isinstance(self.model, PeftModel):
