@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from loraplex.benchmarks import core_steps, offline
+from loraplex.benchmarks import ceilings, core_steps, offline
 from loraplex.benchmarks.plots import plot_decode
 from loraplex.benchmarks.results import write_result
 from loraplex.benchmarks.roofline import DecodeBytes, adapter_counts
@@ -35,7 +35,6 @@ from loraplex.engine.core import EngineCore
 BATCHES = [64, 256, 16, 128, 1]
 ADAPTERS = [0, 16, "batch", 64, 1]
 RANKS = [16, 8, 64]
-CUDA_TERABYTES_PER_SECOND = 3.0
 MAX_NUM_BATCHED_TOKENS = 8192
 WARM_UP_STEPS = 8
 # Adapters of a rank with weights of their own; the others are links.
@@ -50,14 +49,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = make_parser(prog).parse_args(argv)
     if min(*options.batch, *options.ranks, options.context, options.steps) < 1:
         raise ValueError("--batch, --ranks, --context and --steps must be 1 or more")
-    if options.bandwidth is not None and options.bandwidth <= 0:
-        raise ValueError(f"--bandwidth {options.bandwidth} is not allowed: it must be above 0")
     engine_options = {
         "max_num_seqs": max(options.batch),
         "max_num_batched_tokens": max(MAX_NUM_BATCHED_TOKENS, *options.batch),
     } | offline.make_engine_options(options)
     core_steps.require_seqs(engine_options, max(options.batch))
-    bandwidth = 1e12 * (options.bandwidth or default_bandwidth(engine_options))
+    bandwidth = ceilings.resolve_ceilings(options, engine_options).bandwidth
+    if bandwidth is None:
+        raise ValueError(
+            "--bandwidth=None is not allowed on the CPU: give its memory's, in TB/s, as in 0.02"
+        )
     name = options.shape or Path(options.model).name
     with offline.prepared_model(options, engine_options) as (scratch, model):
         adapters = write_adapters_of_ranks(options, model, scratch)
@@ -98,11 +99,7 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=int, default=64, metavar="N", help="to time (default: %(default)s)"
     )
-    parser.add_argument(
-        "--bandwidth", type=float, metavar="TB/S",
-        help=f"of the memory, for the floor (default: {CUDA_TERABYTES_PER_SECOND} on a GPU; the "
-        "CPU has none)",
-    )  # fmt: skip
+    ceilings.add_bandwidth_argument(parser)
     offline.add_common_arguments(parser)
     return parser
 
@@ -113,18 +110,6 @@ def _adapter_count(text: str) -> int | str:
     if text.isdecimal():
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be a number or 'batch'")
-
-
-def default_bandwidth(engine_options: dict[str, Any]) -> float:
-    """In TB/s. Raises ValueError for a device that has no default."""
-    # Imported late: it brings torch.
-    from loraplex.engine.runner.device import resolve_device
-
-    if resolve_device(EngineConfig.from_options(**engine_options)).type != "cuda":
-        raise ValueError(
-            "--bandwidth=None is not allowed on the CPU: give its memory's, in TB/s, as in 0.02"
-        )
-    return CUDA_TERABYTES_PER_SECOND
 
 
 def write_adapters_of_ranks(

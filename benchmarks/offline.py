@@ -17,10 +17,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from loraplex.benchmarks import ceilings
 from loraplex.benchmarks.plots import plot_offline
 from loraplex.benchmarks.results import write_result
+from loraplex.benchmarks.roofline import DecodeBytes, offline_seconds, token_flops
 from loraplex.benchmarks.synthetic_model import SHAPES, write_model
 from loraplex.benchmarks.workloads import WorkloadRequest, m1, num_distinct_adapters
 from loraplex.engine.config import EngineConfig
@@ -35,7 +38,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 COUNTERS = ("steps", "preemptions", "adapter_loads", "adapter_evictions")
 HEADING = (
     f"{'adapters':>8} {'distinct':>8} {'pass':>4} {'requests/s':>10} {'tokens/s':>9} "
-    f"{'of base':>7} {'steps':>6} {'preempted':>9} {'loads':>6} {'evicted':>7}"
+    f"{'of base':>7} {'floor':>7} {'steps':>6} {'preempted':>9} {'loads':>6} {'evicted':>7}"
 )
 
 
@@ -61,6 +64,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             "host_adapter_bytes",
             max(EngineConfig.host_adapter_bytes, most_distinct * num_pages * page_bytes),
         )
+        floors = {
+            count: floor_seconds(options, engine_options, model, workload)
+            for count, workload in workloads.items()
+        }
         llm, startup_seconds = start(model, engine_options)
         with llm:
             print(f"start-up {startup_seconds:.1f} s", flush=True)
@@ -75,7 +82,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
                 "startup_seconds": round(startup_seconds, 2),
                 "rows": [],
             }
-            measure(llm, workloads, adapters, options, figures)
+            measure(llm, workloads, adapters, floors, options, figures)
     return 0
 
 
@@ -112,6 +119,8 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-num-batched-tokens", type=int, metavar="N", help="most tokens of one step"
     )
+    ceilings.add_bandwidth_argument(parser)
+    ceilings.add_flops_argument(parser)
     add_common_arguments(parser)
     return parser
 
@@ -257,6 +266,33 @@ def adapter_size(
     return image_num_pages(ranks, spec, page_bytes, itemsize), page_bytes
 
 
+def floor_seconds(
+    options: argparse.Namespace,
+    engine_options: dict[str, Any],
+    model: str,
+    workload: Sequence[WorkloadRequest],
+) -> float | None:
+    """What a pass takes at least; None where it is not known what the device can do."""
+    from loraplex.engine.models.config import read_model_config, resolve_dtype
+    from loraplex.engine.models.locate import locate_model
+
+    limits = ceilings.resolve_ceilings(options, engine_options)
+    if limits.bandwidth is None or limits.flops is None:
+        return None
+    config = EngineConfig.from_options(**engine_options)
+    hf_config = read_model_config(locate_model(model))
+    itemsize = resolve_dtype(config.dtype, hf_config).itemsize
+    return offline_seconds(
+        DecodeBytes.of_model(hf_config, itemsize, options.modules),
+        token_flops(hf_config),
+        workload,
+        config.max_num_seqs,
+        mean(options.rank),
+        limits.bandwidth,
+        limits.flops,
+    )
+
+
 def start(model: str, engine_options: dict[str, Any]) -> tuple[LLM, float]:
     """An engine, and the seconds that it took to start."""
     from loraplex.engine.llm import LLM
@@ -277,6 +313,7 @@ def measure(
     llm: LLM,
     workloads: dict[int, list[WorkloadRequest]],
     adapters: dict[int, list[Path]],
+    floors: dict[int, float | None],
     options: argparse.Namespace,
     figures: dict[str, Any],
 ) -> None:
@@ -300,6 +337,9 @@ def measure(
             row["share_of_base"] = (
                 round(row["requests_per_second"] / bases[number], 4) if bases else None
             )
+            floor = floors[count]
+            row["floor_seconds"] = None if floor is None else round(floor, 6)
+            row["share_of_floor"] = None if floor is None else round(floor / row["seconds"], 4)
             rows.append(row)
             print_row(row)
             path = write_result(name, figures, options.output)
@@ -341,12 +381,15 @@ def run_pass(llm: LLM, workload: list[WorkloadRequest], adapters: list[Path]) ->
 
 
 def print_row(row: dict[str, Any]) -> None:
-    share = "-" if row["share_of_base"] is None else f"{row['share_of_base']:.2f}"
+    of_base, of_floor = (
+        "-" if row[name] is None else f"{row[name]:.2f}"
+        for name in ("share_of_base", "share_of_floor")
+    )
     print(
         f"{row['num_adapters']:>8} {row['num_distinct']:>8} {row['pass']:>4} "
-        f"{row['requests_per_second']:>10.2f} {row['output_tokens_per_second']:>9.0f} {share:>7} "
-        f"{row['steps']:>6} {row['preemptions']:>9} {row['adapter_loads']:>6} "
-        f"{row['adapter_evictions']:>7}",
+        f"{row['requests_per_second']:>10.2f} {row['output_tokens_per_second']:>9.0f} "
+        f"{of_base:>7} {of_floor:>7} {row['steps']:>6} {row['preemptions']:>9} "
+        f"{row['adapter_loads']:>6} {row['adapter_evictions']:>7}",
         flush=True,
     )
 

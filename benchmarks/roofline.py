@@ -1,4 +1,4 @@
-"""How few bytes a decode step can read, by the model's config: what bounds its time from below.
+"""How few bytes and FLOPs there can be, by the model's config: what bounds times from below.
 
 Activations are left out, since caches hold them, and so is the embedding, of which a step reads a
 row for each request. Knows no engine.
@@ -6,10 +6,11 @@ row for each request. Knows no engine.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loraplex.benchmarks.workloads import WorkloadRequest, num_distinct_adapters
 from loraplex.lora.spec import BaseModelSpec
 
 
@@ -61,6 +62,50 @@ class DecodeBytes:
         return (
             self.weights + num_adapters * rank * self.rank + batch * (context + 1) * self.kv_token
         )
+
+
+def token_flops(hf_config: Any) -> float:
+    """Of a prompt's token: two for each weight of the layers' linears that it meets, which are
+    those of some experts where there are many. Attention and the head are left out."""
+    # Imported late: it brings torch.
+    from loraplex.engine.models.registry import base_model_spec, outline_model
+
+    spec = base_model_spec(hf_config)
+    common = experts = 0
+    numbers = set()
+    for name, place in outline_model(hf_config).named_weights():
+        if not name.startswith(f"{spec.layer_path}.") or len(place.shape) < 2:
+            continue
+        _, is_expert, rest = name.partition(".experts.")
+        if is_expert:
+            numbers.add(rest.split(".")[0])
+            experts += place.shape.numel()
+        else:
+            common += place.shape.numel()
+    met = experts * hf_config.num_experts_per_tok / len(numbers) if numbers else 0
+    return 2 * (common + met)
+
+
+def offline_seconds(
+    needs: DecodeBytes,
+    flops_per_token: float,
+    workload: Sequence[WorkloadRequest],
+    max_num_seqs: int,
+    rank: float,
+    bandwidth: float,
+    flops: float,
+) -> float:
+    """The least that requests of equal lengths can take which come all at once: prefill by its
+    FLOPs, then decode steps by their bytes, so many requests at a time. bandwidth and flops are a
+    second's."""
+    num_prompt_tokens = sum(len(request.prompt_token_ids) for request in workload)
+    num_bytes = 0.0
+    for start in range(0, len(workload), max_num_seqs):
+        group = workload[start : start + max_num_seqs]
+        num_steps = group[0].max_tokens - 1  # The first token is the prompt's.
+        context = len(group[0].prompt_token_ids) + num_steps / 2
+        num_bytes += num_steps * needs.step(len(group), num_distinct_adapters(group), rank, context)
+    return flops_per_token * num_prompt_tokens / flops + num_bytes / bandwidth
 
 
 def rank_elements(spec: BaseModelSpec, modules: Collection[str] | None = None) -> int:

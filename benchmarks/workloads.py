@@ -6,7 +6,7 @@ Prompts are random token ids, so that no two share a beginning unless the worklo
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,7 +123,7 @@ def chat(
     return sorted(turns, key=lambda turn: turn.arrival_time)
 
 
-def num_distinct_adapters(requests: list[WorkloadRequest]) -> int:
+def num_distinct_adapters(requests: Sequence[WorkloadRequest]) -> int:
     return len({request.adapter for request in requests} - {None})
 
 

@@ -22,7 +22,8 @@ def run(tmp_path, *flags: str) -> dict:
 
 @pytest.mark.usefixtures("one_thread")
 def test_from_base_model_to_adapters(tmp_path, capsys):
-    result = run(tmp_path, "--num-adapters", "0", "2", "3", "--rank", "4", "--max-num-seqs", "4")
+    result = run(tmp_path, "--num-adapters", "0", "2", "3", "--rank", "4", "--max-num-seqs", "4",
+                 "--bandwidth", "0.02", "--teraflops", "0.4")  # fmt: skip
     rows = result["figures"]["rows"]
     counts = [0, 0, 2, 2, 3, 3]
     assert [(row["num_adapters"], row["pass"]) for row in rows] == list(
@@ -39,6 +40,8 @@ def test_from_base_model_to_adapters(tmp_path, capsys):
     shares = [row["requests_per_second"] / rows[i % 2]["requests_per_second"] for i, row in
               enumerate(rows)]  # fmt: skip
     assert [row["share_of_base"] for row in rows] == pytest.approx(shares, abs=1e-3)
+    assert all(0 < row["share_of_floor"] < 1 for row in rows)
+    assert rows[4]["floor_seconds"] > rows[0]["floor_seconds"], "adapters are bytes, too"
     assert result["figures"]["engine_options"]["max_num_seqs"] == 4
     assert result["figures"]["engine_options"]["enable_prefix_caching"] is False
     assert "torch" in result["versions"]

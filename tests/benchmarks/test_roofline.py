@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
-from loraplex.benchmarks.roofline import DecodeBytes, adapter_counts
+from loraplex.benchmarks.roofline import (
+    DecodeBytes,
+    adapter_counts,
+    offline_seconds,
+    token_flops,
+)
 from loraplex.benchmarks.synthetic_model import SHAPES
+from loraplex.benchmarks.workloads import m1
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,24 @@ def test_bytes_of_llama_3_8b(llama):
 def test_milliseconds_at_3_terabytes_a_second(llama, rank, batch, adapters, milliseconds):
     num_bytes = DecodeBytes.of_model(llama, 2).step(batch, adapters, rank, context=512)
     assert num_bytes / 3.0e12 * 1e3 == pytest.approx(milliseconds, abs=0.006)
+
+
+def test_flops_of_a_token(llama):
+    # q, k, v and o; gate, up and down, in each of 32 layers.
+    layer = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336
+    assert token_flops(llama) == 2 * 32 * layer
+    mixtral = MixtralConfig(**SHAPES["mixtral-12-layers"])
+    attention, expert = 4096 * (4096 + 2 * 1024 + 4096), 3 * 4096 * 14336
+    assert token_flops(mixtral) == 2 * 12 * (attention + 4096 * 8 + 2 * expert), "2 of 8 experts"
+
+
+@pytest.mark.parametrize(("num_adapters", "seconds"), [(0, 4.474), (1000, 5.013)])
+def test_seconds_of_m1(llama, num_adapters, seconds):
+    needs = DecodeBytes.of_model(llama, 2, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    workload = m1(num_adapters)
+    assert offline_seconds(
+        needs, token_flops(llama), workload, 256, 16, 3.0e12, 798e12
+    ) == pytest.approx(seconds, abs=0.001)
 
 
 def test_adapter_counts():
