@@ -53,6 +53,9 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     """Requests of one pair are served in this order, the lowest first."""
     max_queue_seconds: float | None = None
     """How long the request may wait for its first turn; None: as the engine is configured."""
+    cache_salt: str = ""
+    """Cached prefixes are shared among requests of one salt: who does not know it can't learn, from
+    how soon an answer comes, what others have asked."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:

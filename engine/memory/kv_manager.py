@@ -1,7 +1,8 @@
 """KV blocks of requests: allocation, sharing and prefix cache. A block is a page. No torch.
 
 A full block whose tokens are computed gets a key: a hash of all tokens up to its end and of the
-adapter version that computed them, so that KV of one adapter can never serve another. What comes
+adapter version that computed them, so that KV of one adapter can never serve another, and of the
+request's cache_salt, so that those who have different ones share nothing. What comes
 before the first token that an adapter acts on is the base model's, and shared with it.
 """
 
@@ -20,6 +21,11 @@ BlockHash = bytes
 def hash_block(parent: BlockHash, token_ids: list[int]) -> BlockHash:
     """The key of a block: of its tokens and of everything before them."""
     return blake2b(parent + array("i", token_ids).tobytes(), digest_size=16).digest()
+
+
+def hash_salt(salt: str) -> BlockHash:
+    """What goes before the first block of requests with this salt."""
+    return blake2b(salt.encode(), digest_size=16, person=b"cache_salt").digest() if salt else b""
 
 
 class KVManager:
@@ -162,7 +168,7 @@ class KVManager:
         hashes, size = request.block_hashes, self.block_size
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else b""
+            parent = hashes[-1] if hashes else hash_salt(request.wire.service.cache_salt)
             if start <= request.adapter_start < start + size:
                 parent += request.adapter_version
             hashes.append(hash_block(parent, request.all_token_ids[start : start + size]))

@@ -15,8 +15,13 @@ from loraplex.entrypoints.http.serving import Serving
 from loraplex.entrypoints.http.streaming import EventStream, json_response, unless_disconnected
 from loraplex.entrypoints.openai.chat_parser import MessageParser, Reasoning
 from loraplex.entrypoints.openai.chat_plan import ChatPlan, plan_chat
-from loraplex.entrypoints.openai.common import DeltaTracker, count_usage, make_heading
-from loraplex.entrypoints.openai.requests import ChatCompletionRequest
+from loraplex.entrypoints.openai.chat_requests import ChatCompletionRequest
+from loraplex.entrypoints.openai.common import (
+    DeltaTracker,
+    count_usage,
+    make_heading,
+    token_text_of,
+)
 from loraplex.entrypoints.openai.responses import (
     AssistantMessage,
     CalledFunction,
@@ -58,7 +63,8 @@ class ChatAnswer:
         self._plan = plan
         self._service = body.service()
         serving.check_max_tokens(len(plan.prompt), plan.params.max_tokens)
-        self._heading = make_heading("chatcmpl", body.model)
+        self._token_text = token_text_of(serving, body)
+        self._heading = make_heading("chatcmpl", body)
 
     async def whole(self) -> ChatCompletion:
         async with aclosing(self._outputs(stream=False)) as outputs:
@@ -73,6 +79,8 @@ class ChatAnswer:
         )
         if self._body.prompt_logprobs is not None:
             answer.prompt_logprobs = final.prompt_logprobs
+        if self._body.return_token_ids:
+            answer.prompt_token_ids = final.prompt_token_ids
         return answer
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -80,14 +88,20 @@ class ChatAnswer:
         writers = [self._writer() for _ in range(self._plan.params.n)]
         chunk_usage: Usage | None | msgspec.UnsetType
         chunk_usage = None if self._body.include_usage else UNSET
+        is_first = True
         async with aclosing(self._outputs(stream=True)) as outputs:
             async for output in outputs:
                 if self._body.counts_in_chunks:
                     chunk_usage = count_usage([output])
                 for completion in output.outputs:
                     choice = self._chunk(writers[completion.index], completion)
-                    if choice is not None:
-                        yield encode(self._chunk_message([choice], chunk_usage))
+                    if choice is None:
+                        continue
+                    message = self._chunk_message([choice], chunk_usage)
+                    if self._body.return_token_ids and is_first:
+                        message.prompt_token_ids = output.prompt_token_ids
+                    is_first = False
+                    yield encode(message)
         if self._body.include_usage:
             yield encode(self._chunk_message([], count_usage([output])))
 
@@ -99,7 +113,9 @@ class ChatAnswer:
 
     def _writer(self) -> MessageWriter:
         return MessageWriter(
-            self._plan.make_parser(), shows_reasoning=self._body.include_reasoning is not False
+            self._plan.make_parser(),
+            shows_reasoning=self._body.include_reasoning is not False,
+            tells_tokens=bool(self._body.return_token_ids),
         )
 
     def _choice(self, completion: CompletionOutput) -> ChatChoice:
@@ -114,13 +130,16 @@ class ChatAnswer:
                 call.index = None
         elif delta.content is None:
             message.content = ""
-        return ChatChoice(
+        choice = ChatChoice(
             index=completion.index,
             message=message,
             logprobs=self._logprobs(completion.token_ids, completion.logprobs or []),
             finish_reason=writer.finish_reason(completion.finish_reason),
             stop_reason=completion.stop_reason,
         )
+        if self._body.return_token_ids:
+            choice.token_ids = completion.token_ids
+        return choice
 
     def _chunk(self, writer: MessageWriter, completion: CompletionOutput) -> ChatChunkChoice | None:
         delta = writer.tracker.advance(completion)
@@ -128,18 +147,21 @@ class ChatAnswer:
             return None
         is_final = delta.finish_reason is not None
         message = writer.push(delta.text, is_final)
-        if message == ChatDelta() and not (is_final or delta.logprobs):
+        if message == ChatDelta() and not (is_final or delta.logprobs or writer.tells_tokens):
             return None
         message.content = message.content or (None if message.tool_calls else "")
         message.role = None if writer.has_begun else "assistant"
         writer.has_begun = True
-        return ChatChunkChoice(
+        choice = ChatChunkChoice(
             index=completion.index,
             delta=message,
             logprobs=self._logprobs(delta.token_ids, delta.logprobs),
             finish_reason=writer.finish_reason(delta.finish_reason),
             stop_reason=delta.stop_reason,
         )
+        if writer.tells_tokens:
+            choice.token_ids = delta.token_ids
+        return choice
 
     def _chunk_message(
         self, choices: list[ChatChunkChoice], usage: Usage | None | msgspec.UnsetType
@@ -168,7 +190,7 @@ class ChatAnswer:
         """The chosen token and the likeliest ones, which may include it."""
         num_top = self._body.top_logprobs or 0
         likeliest = sorted(entry.items(), key=lambda item: item[1].rank)[:num_top]
-        text = self._serving.token_text(token_id, entry[token_id])
+        text = self._token_text(token_id, entry[token_id])
         return ChatLogprob(
             token=text,
             logprob=entry[token_id].logprob,
@@ -177,15 +199,16 @@ class ChatAnswer:
         )
 
     def _top_logprob(self, token_id: int, logprob: Logprob) -> TopLogprob:
-        text = self._serving.token_text(token_id, logprob)
+        text = self._token_text(token_id, logprob)
         return TopLogprob(text, logprob.logprob, list(text.encode()))
 
 
 class MessageWriter:
     """Writes one choice's message, at once or piece by piece."""
 
-    def __init__(self, parser: MessageParser, shows_reasoning: bool) -> None:
-        self.tracker = DeltaTracker()
+    def __init__(self, parser: MessageParser, shows_reasoning: bool, tells_tokens: bool) -> None:
+        self.tracker = DeltaTracker(tells_tokens)
+        self.tells_tokens = tells_tokens
         self.has_begun = False
         """Whether a chunk of it was sent."""
         self._parser = parser

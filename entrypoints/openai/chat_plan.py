@@ -12,8 +12,8 @@ from loraplex.engine.structured_outputs.params import StructuredOutputsParams
 from loraplex.engine.text.tokenizer import Tokenizer
 from loraplex.entrypoints.http.serving import Serving
 from loraplex.entrypoints.openai.chat_parser import MessageParser
+from loraplex.entrypoints.openai.chat_requests import ChatCompletionRequest
 from loraplex.entrypoints.openai.reasoning_formats import ReasoningFormat, choose_reasoning_format
-from loraplex.entrypoints.openai.requests import ChatCompletionRequest
 from loraplex.entrypoints.openai.tool_formats import choose_tool_format
 from loraplex.entrypoints.openai.tool_formats.base import ToolFormat
 
@@ -51,8 +51,7 @@ async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> ChatPlan:
     messages = [message.for_template() for message in body.messages]
     options = body.template_options()
     prompt = await serving.encode_chat(messages, body.opens_answer, options, tokenizer)
-    if body.truncate_prompt_tokens is not None:
-        prompt = prompt[-body.truncate_prompt_tokens :]
+    prompt = body.truncate(prompt, serving.engine.model_info.max_model_len, body.most_tokens)
     reasoning = _reasoning(serving.reasoning_parser, tokenizer, prompt)
     params = body.sampling_params(serving.engine.model_info.default_sampling)
     answer = _answer_format(body, params, tool_format, has_reasoning=reasoning is not None)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from loraplex.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from loraplex.entrypoints.http.serving import Serving
+from loraplex.entrypoints.openai.requests import GenerationRequest
 from loraplex.entrypoints.openai.responses import PromptTokensDetails, Usage
+
+TokenText = Callable[[int, Logprob | None], str]
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,15 @@ class Heading:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def make_heading(prefix: str, model: str) -> Heading:
-    return Heading(f"{prefix}-{uuid.uuid4().hex}", model)
+def make_heading(prefix: str, body: GenerationRequest) -> Heading:
+    return Heading(f"{prefix}-{body.request_id or uuid.uuid4().hex}", body.model)
+
+
+def token_text_of(serving: Serving, body: GenerationRequest) -> TokenText:
+    """How this answer's log-probabilities name tokens."""
+    if body.return_tokens_as_token_ids:
+        return lambda token_id, logprob: f"token_id:{token_id}"
+    return serving.token_text
 
 
 def count_usage(outputs: Iterable[RequestOutput], scores_prompt_only: bool = False) -> Usage:
@@ -54,7 +65,9 @@ class Delta:
 class DeltaTracker:
     """Cuts the growing outputs of one completion into deltas."""
 
-    def __init__(self) -> None:
+    def __init__(self, tells_tokens: bool = False) -> None:
+        """tells_tokens: those without text are something to tell, too."""
+        self._tells_tokens = tells_tokens
         self.has_begun = False
         """Whether there was a delta."""
         self._num_characters = 0
@@ -69,11 +82,13 @@ class DeltaTracker:
         text = completion.text[self._num_characters :]
         logprobs = (completion.logprobs or [])[self._num_tokens :]
         is_finished = completion.finish_reason is not None
-        if self._is_finished or not (text or logprobs or is_finished):
+        token_ids = completion.token_ids[self._num_tokens :]
+        is_news = text or logprobs or is_finished or (token_ids and self._tells_tokens)
+        if self._is_finished or not is_news:
             return None
         delta = Delta(
             text=text,
-            token_ids=completion.token_ids[self._num_tokens :],
+            token_ids=token_ids,
             logprobs=logprobs,
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -18,7 +18,13 @@ from loraplex.entrypoints.http.streaming import (
     merge,
     unless_disconnected,
 )
-from loraplex.entrypoints.openai.common import DeltaTracker, count_usage, make_heading
+from loraplex.entrypoints.openai.common import (
+    DeltaTracker,
+    TokenText,
+    count_usage,
+    make_heading,
+    token_text_of,
+)
 from loraplex.entrypoints.openai.requests import CompletionRequest
 from loraplex.entrypoints.openai.responses import (
     Completion,
@@ -28,8 +34,6 @@ from loraplex.entrypoints.openai.responses import (
 )
 
 router = APIRouter()
-
-TokenText = Callable[[int, Logprob | None], str]
 
 
 @router.post("/v1/completions")
@@ -50,8 +54,8 @@ async def encode_prompts(serving: Serving, body: CompletionRequest) -> list[list
         if isinstance(prompt, str):
             tokenizer = await serving.tokenizer_of(serving.models.resolve(body.model))
             prompt = await serving.encode(prompt, has_special_tokens, tokenizer)
-        most = body.truncate_prompt_tokens
-        prompts.append(prompt if most is None else prompt[-most:])
+        max_model_len = serving.engine.model_info.max_model_len
+        prompts.append(body.truncate(prompt, max_model_len, body.max_tokens))
     return prompts
 
 
@@ -71,10 +75,10 @@ class CompletionAnswer:
         serving.limits.check_batch(len(prompts), self._params)
         for prompt in prompts:
             serving.check_max_tokens(len(prompt), body.max_tokens)
-        self._heading = make_heading("cmpl", body.model)
+        self._heading = make_heading("cmpl", body)
         self._num_choices = body.n or 1
         self._writers = [
-            ChoiceWriter(body, serving.token_text, number, self._prompt_text(prompt))
+            ChoiceWriter(body, token_text_of(serving, body), number, self._prompt_text(prompt))
             for number, prompt in enumerate(
                 p for p in body.prompt for _ in range(self._num_choices)
             )
@@ -163,7 +167,7 @@ class ChoiceWriter:
         self._token_text = token_text
         self._number = number
         self._prompt_text = prompt_text
-        self._tracker = DeltaTracker()
+        self._tracker = DeltaTracker(bool(body.return_token_ids))
         self._text_offset = 0
 
     def advance(
@@ -190,6 +194,10 @@ class ChoiceWriter:
         )
         if self._body.logprobs is not None:
             choice.logprobs = self._logprobs(token_ids, entries)
+        if self._body.return_token_ids:
+            choice.token_ids = delta.token_ids
+            if is_first:
+                choice.prompt_token_ids = output.prompt_token_ids
         if self._body.prompt_logprobs is not None:
             choice.prompt_logprobs = output.prompt_logprobs
         return choice

@@ -16,40 +16,39 @@ from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.structured_outputs.params import StructuredOutputsParams
 from loraplex.entrypoints.http.strict_model import StrictModel
 from loraplex.entrypoints.openai.structure import ResponseFormat, StructuredOutputs
-from loraplex.entrypoints.openai.tools import NamedToolChoice, ToolCallOfMessage, ToolDefinition
 
 # Fields about bookkeeping on OpenAI's side. They change no token, so any value may come.
 IGNORED_FIELDS = frozenset(
-    {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "session_id",
+        "store",
+        "user",
+    }
 )
 # Fields that are not supported, with the values that ask for nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "ec_transfer_params": (),
+    "kv_transfer_params": (),
     "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "prompt_embeds": (),
+    "repetition_detection": (),
+    "return_weight_versions": (False,),
+    "routed_experts_prompt_start": (),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
+    "stream_interval": (1,),
+    "thinking_token_budget": (),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
 }
 NEUTRAL_COMPLETION_VALUES = {**NEUTRAL_VALUES, "suffix": ("",)}
-NEUTRAL_CHAT_VALUES = {
-    **NEUTRAL_VALUES,
-    "add_special_tokens": (False,),
-    "audio": (),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-NEUTRAL_MESSAGE_VALUES: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "refusal": (),
-}
 
 
 class StreamOptions(StrictModel):
@@ -108,8 +107,18 @@ class GenerationRequest(StrictModel):
     prompt_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    truncate_prompt_tokens: Annotated[int | None, Field(ge=1)] = None
-    """Keep so many of the prompt's tokens, the last ones."""
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """Keep so many of the prompt's tokens; -1: as many as leave room for max_tokens."""
+    truncation_side: Literal["left", "right"] | None = None
+    """Where the others are: the last tokens are kept by default, the first with "right"."""
+    return_token_ids: bool | None = None
+    """Give the tokens of prompt and output in numbers, too."""
+    return_tokens_as_token_ids: bool | None = None
+    """Name the tokens of logprobs by their numbers: "token_id:7"."""
+    request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Ends the answer's id."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Cached prefixes are shared among the requests of one salt only."""
     priority: int | None = None
     max_queue_seconds: float | None = None
     stream: bool | None = None
@@ -128,6 +137,14 @@ class GenerationRequest(StrictModel):
             raise ValueError("stream_options is only allowed with stream=True")
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs is not allowed with stream=True")
+        return self
+
+    @model_validator(mode="after")
+    def check_truncation(self) -> GenerationRequest:
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens=0 is not allowed: it must be 1 or more, or -1")
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
+            raise ValueError("truncation_side is only allowed with truncate_prompt_tokens")
         return self
 
     @model_validator(mode="after")
@@ -150,7 +167,20 @@ class GenerationRequest(StrictModel):
 
     def service(self) -> Service:
         """Raises ValueError for a value that is not allowed."""
-        return Service(priority=self.priority or 0, max_queue_seconds=self.max_queue_seconds)
+        return Service(
+            priority=self.priority or 0,
+            max_queue_seconds=self.max_queue_seconds,
+            cache_salt=self.cache_salt or "",
+        )
+
+    def truncate(self, prompt: list[int], max_model_len: int, max_tokens: int | None) -> list[int]:
+        """What truncate_prompt_tokens leaves of a prompt."""
+        most = self.truncate_prompt_tokens
+        if most is None:
+            return prompt
+        if most == -1:
+            most = max(1, max_model_len - (max_tokens or 1))
+        return prompt[:most] if self.truncation_side == "right" else prompt[-most:]
 
     def _structure(self) -> StructuredOutputsParams | None:
         """Raises ValueError for what is not allowed."""
@@ -225,159 +255,3 @@ class CompletionRequest(GenerationRequest):
         if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
             options["prompt_logprobs"] = self.logprobs
         return self._sampling_params(defaults, **options)
-
-
-def join_text_parts(value: Any) -> Any:
-    """The text of a message whose content comes in parts."""
-    if not isinstance(value, list):
-        return value
-    for part in value:
-        if not (isinstance(part, dict) and part.keys() == {"type", "text"}):
-            raise ValueError(f"the part {describe(part)} is not supported: it must be a text part")
-        if part["type"] != "text" or not isinstance(part["text"], str):
-            raise ValueError(f"the part {describe(part)} is not supported: it must be a text part")
-    return "\n".join(part["text"] for part in value)
-
-
-class ChatMessage(StrictModel):
-    neutral_values = NEUTRAL_MESSAGE_VALUES
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(join_text_parts)] = None
-    name: str | None = None
-    tool_calls: list[ToolCallOfMessage] | None = None
-    tool_call_id: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    """Another name of the same."""
-
-    @model_validator(mode="after")
-    def check_role(self) -> ChatMessage:
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls is only allowed with role='assistant'")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates know messages: they have not heard of developers."""
-        message = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": self.content or "",
-            "name": self.name,
-            "tool_call_id": self.tool_call_id,
-            "tool_calls": [call.for_template() for call in self.tool_calls or []] or None,
-            "reasoning_content": self.reasoning or self.reasoning_content,
-        }
-        return {name: value for name, value in message.items() if value is not None}
-
-
-# What the tokenizer's own chat method takes, which is not the template's.
-RESERVED_TEMPLATE_NAMES = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }  # fmt: skip
-)
-
-
-class ChatCompletionRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions."""
-
-    neutral_values = NEUTRAL_CHAT_VALUES
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    tools: list[ToolDefinition] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    include_reasoning: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def check_chat(self) -> ChatCompletionRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only allowed with logprobs=True")
-        if reserved := RESERVED_TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
-            raise ValueError(f"chat_template_kwargs must not have {', '.join(sorted(reserved))}")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError(
-                "continue_final_message is not allowed together with add_generation_prompt"
-            )
-        return self
-
-    def template_options(self) -> dict[str, Any]:
-        """What the chat template is given beside the messages."""
-        options = dict(self.chat_template_kwargs or {})
-        if self.continue_final_message:
-            options["continue_final_message"] = True
-        if self.offered_tools:
-            options["tools"] = [tool.for_template() for tool in self.offered_tools]
-        return options
-
-    @property
-    def opens_answer(self) -> bool:
-        """Whether the prompt ends with the beginning of an answer."""
-        return self.add_generation_prompt is not False and not self.continue_final_message
-
-    @model_validator(mode="after")
-    def check_tools(self) -> ChatCompletionRequest:
-        names = [tool.function.name for tool in self.tools or []]
-        if len(set(names)) < len(names):
-            raise ValueError("tools must have different names")
-        if self.tool_choice not in (None, "none", "auto") and not names:
-            raise ValueError("tool_choice is only allowed with tools")
-        named = self.tool_choice
-        if isinstance(named, NamedToolChoice) and named.function.name not in names:
-            raise ValueError(f"tool_choice={named.function.name!r} must be one of {names}")
-        if self.forced_tools and self._structure() is not None:
-            raise ValueError(
-                "tool_choice is not allowed together with response_format or structured_outputs"
-            )
-        return self
-
-    @property
-    def offered_tools(self) -> list[ToolDefinition]:
-        """Those that the model may call."""
-        return [] if self.tool_choice == "none" else self.tools or []
-
-    @property
-    def forced_tools(self) -> list[ToolDefinition]:
-        """Those of which the model must call one; none if it need not."""
-        if isinstance(self.tool_choice, NamedToolChoice):
-            name = self.tool_choice.function.name
-            return [tool for tool in self.tools or [] if tool.function.name == name]
-        return self.offered_tools if self.tool_choice == "required" else []
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether several tools may be called at once, where one must be."""
-        is_named = isinstance(self.tool_choice, NamedToolChoice)
-        return self.parallel_tool_calls is not False and not is_named
-
-    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """`defaults` are the model's own. Raises ValueError for a value that is not allowed."""
-        max_tokens = self.max_completion_tokens
-        return self._sampling_params(
-            defaults,
-            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-        )

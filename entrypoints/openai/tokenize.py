@@ -13,7 +13,7 @@ from loraplex.entrypoints.http.streaming import json_response
 from loraplex.entrypoints.http.strict_model import StrictModel
 from loraplex.entrypoints.lorax import routes as lorax_routes
 from loraplex.entrypoints.lorax.requests import TokenizeRequest as LoraxTokenizeRequest
-from loraplex.entrypoints.openai.requests import ChatMessage
+from loraplex.entrypoints.openai.chat_requests import ChatMessage
 from loraplex.entrypoints.openai.tools import ToolDefinition
 
 router = APIRouter()

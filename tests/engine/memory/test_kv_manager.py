@@ -10,12 +10,13 @@ from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.memory.eviction import CostAware
 from loraplex.engine.memory.kv_manager import KVManager
 from loraplex.engine.memory.page_pool import PagePool, PageState
+from loraplex.engine.messages import Service
 from loraplex.engine.request import Request
 
 
-def start(kv: KVManager, prompt, adapter: Adapter | None = None) -> Request:
+def start(kv: KVManager, prompt, adapter: Adapter | None = None, **options) -> Request:
     """A request that has all its prompt computed."""
-    request = Request(make_request("r", prompt, max_tokens=8), adapter)
+    request = Request(make_request("r", prompt, max_tokens=8, **options), adapter)
     kv.take_prefix(request, kv.find_prefix(request))
     assert kv.grow(request, request.num_tokens)
     request.num_computed_tokens = request.num_tokens
@@ -94,6 +95,16 @@ def test_kv_of_one_adapter_is_never_found_by_another(pool, kv):
     assert kv.find_prefix(Request(make_request("r", range(9), 8), b)) == []
     assert kv.find_prefix(Request(make_request("r", range(9), 8), None)) == []
     assert kv.find_prefix(Request(make_request("r", range(9), 8), a)) == [1, 2]
+
+
+def test_who_does_not_know_the_salt_finds_nothing(pool, kv):
+    def first_block(**options) -> int:
+        return start(kv, range(5), **options).block_table[0]
+
+    mine, theirs = (Service(cache_salt=salt) for salt in ("a", "b"))
+    blocks = [first_block(), first_block(service=mine), first_block(service=theirs)]
+    assert len(set(blocks)) == 3
+    assert blocks == [first_block(), first_block(service=mine), first_block(service=theirs)]
 
 
 def test_growing_beyond_the_pool_changes_nothing(pool, kv):

@@ -10,7 +10,8 @@ from fakes import ByteTokenizer, FakeCore
 from loraplex.engine.llm import LLM
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.generation_config import read_default_sampling, read_eos_token_ids
-from loraplex.entrypoints.openai.requests import ChatCompletionRequest, CompletionRequest
+from loraplex.entrypoints.openai.chat_requests import ChatCompletionRequest
+from loraplex.entrypoints.openai.requests import CompletionRequest
 
 RECOMMENDED = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
 

@@ -52,6 +52,25 @@ def error_of(response: httpx.Response) -> dict:
         ({"structured_outputs": {}}, "structured_outputs", "exactly one of"),
         ({"structured_outputs": {"regex": "a", "x": 1}}, "structured_outputs.x", "not a field"),
         ({"use_beam_search": True}, "use_beam_search", "not supported"),
+        *(
+            ({field: value}, field, "not supported")
+            for field, value in {
+                "kv_transfer_params": {"a": 1},
+                "length_penalty": 2.0,
+                "logits_processors": ["x"],
+                "logprob_token_ids": [1],
+                "repetition_detection": {},
+                "stream_interval": 5,
+                "thinking_token_budget": 9,
+                "vllm_xargs": {"a": 1},
+                "watermarking": True,
+                "spaces_between_special_tokens": False,
+                "return_weight_versions": True,
+            }.items()
+        ),
+        ({"truncate_prompt_tokens": 0}, None, "1 or more, or -1"),
+        ({"truncation_side": "left"}, None, "truncate_prompt_tokens"),
+        ({"cache_salt": ""}, "cache_salt", "1 character"),
         ({"service_tier": "flex"}, "service_tier", "not supported"),
         ({"stream": True, "prompt_logprobs": 1}, None, "prompt_logprobs"),
         ({"temprature": 1}, "temprature", "not a field"),

@@ -91,6 +91,38 @@ def test_vllm_fields_reach_the_engine(client):
     assert stopped.choices[0].stop_reason == ord("c")
 
 
+def test_tokens_in_numbers(client):
+    extra = {"return_token_ids": True, "return_tokens_as_token_ids": True, "request_id": "mine"}
+    options = {"model": "fake", "prompt": "hi", "logprobs": 1, "extra_body": extra}
+    completion = client.completions.create(**options)
+    choice = completion.choices[0]
+    assert completion.id == "cmpl-mine"
+    assert (choice.prompt_token_ids, choice.token_ids) == ([256, 104, 105], [104, 105, 257])
+    assert choice.logprobs.tokens == ["token_id:104", "token_id:105", "token_id:257"]
+    assert set(choice.logprobs.top_logprobs[0]) == {"token_id:104", "token_id:0"}
+    chunks = [chunk.choices[0] for chunk in client.completions.create(stream=True, **options)]
+    assert [t for chunk in chunks for t in chunk.token_ids] == choice.token_ids
+    assert chunks[0].prompt_token_ids == choice.prompt_token_ids
+    assert all(getattr(chunk, "prompt_token_ids", None) is None for chunk in chunks[1:])
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"truncate_prompt_tokens": 2}, [100, 101]),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, [256, 97]),
+        ({"truncate_prompt_tokens": 99}, [256, 97, 98, 99, 100, 101]),
+        ({"truncate_prompt_tokens": -1}, [256, 97, 98, 99, 100, 101]),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 1021}, [99, 100, 101]),
+    ],
+)
+def test_what_is_kept_of_a_prompt(client, fields, kept):
+    completion = client.completions.create(
+        model="fake", prompt="abcde", extra_body={**fields, "return_token_ids": True}
+    )
+    assert completion.choices[0].prompt_token_ids == kept
+
+
 def test_special_tokens_around_the_prompt_can_be_left_out(client):
     completion = client.completions.create(
         model="fake", prompt="hello", extra_body={"add_special_tokens": False}
