@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 SERVER_OPTIONS = (
     "lora_modules", "served_model_name", "tool_call_parser", "reasoning_parser",
+    "trust_request_chat_template",
 )  # fmt: skip
 # Requests that are handed to the engine at once: enough for any batch it runs.
 MAX_NUM_OPEN = 1024

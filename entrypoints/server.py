@@ -102,6 +102,7 @@ def make_serving(
         config.limits,
         config.tool_call_parser,
         config.reasoning_parser,
+        config.trust_request_chat_template,
     )
 
 

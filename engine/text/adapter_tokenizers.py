@@ -12,7 +12,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from loraplex.engine.lora_request import LoRARequest
-from loraplex.engine.text.tokenizer import Tokenizer, TransformersTokenizer, load_tokenizer
+from loraplex.engine.text.tokenizer import Tokenizer, load_tokenizer
 
 TEMPLATE, CONFIG, TOKENIZER = "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"
 MAX_NUM_REMEMBERED = 256
@@ -54,10 +54,9 @@ class AdapterTokenizers:
         if own_file.is_file() and base_file.is_file() and not filecmp.cmp(own_file, base_file):
             return load_tokenizer(directory)
         template = _read_template(directory)
-        is_own = template is not None and template != self._base.chat_template
-        if is_own and isinstance(self._base, TransformersTokenizer):
-            return self._base.with_chat_template(template or "")
-        return None
+        if template is None or template == self._base.chat_template:
+            return None
+        return self._base.with_chat_template(template)
 
 
 def _key(lora_request: LoRARequest | None) -> Key | None:

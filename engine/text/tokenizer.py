@@ -11,6 +11,18 @@ import jinja2
 
 from loraplex.engine.text.generation_config import read_eos_token_ids
 
+# What templates fail with, by their own will or because messages are not as they expect. Templates
+# run in jinja's sandbox, where they reach nothing but what they are given.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 class Tokenizer(Protocol):
     """What the engine's front needs of a tokenizer."""
@@ -19,6 +31,9 @@ class Tokenizer(Protocol):
     eos_token_ids: list[int]
     chat_template: str
     """Its source, "" if there is none; of several, one after the other."""
+
+    def with_chat_template(self, chat_template: str) -> Tokenizer:
+        """The same tokenizer with another template."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The text's token ids, with those that the model expects around it."""
@@ -59,7 +74,6 @@ class TransformersTokenizer:
         self.eos_token_ids = sorted({*eos_token_ids, *own})
 
     def with_chat_template(self, chat_template: str) -> TransformersTokenizer:
-        """The same tokenizer with another template."""
         other = copy.copy(self)
         other.chat_template = chat_template
         other._template_options = {"chat_template": chat_template}
@@ -103,7 +117,7 @@ class TransformersTokenizer:
                 return_dict=False,
                 **kwargs,
             )
-        except jinja2.TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
 
 

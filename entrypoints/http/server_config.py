@@ -95,6 +95,11 @@ class ServerConfig:
         "How the model sets its reasoning apart: think (<think> tags), mistral ([THINK] tags), "
         "none (its reasoning stays in the content), or auto, which looks at the chat template.",
     )
+    trust_request_chat_template: bool = option(
+        False,
+        "Take chat templates that requests bring. They reach no file and no secret, but may take "
+        "any time and memory.",
+    )
     shutdown_grace: float = option(
         30.0, "Seconds that running requests are given after SIGTERM or SIGINT."
     )

@@ -36,6 +36,7 @@ class Serving:
     limits: Limits = field(default_factory=Limits)
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    trusts_chat_templates: bool = False
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from loraplex.engine.errors import describe
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.structured_outputs.json_schema import check_schema
@@ -12,7 +15,7 @@ from loraplex.engine.structured_outputs.params import StructuredOutputsParams
 from loraplex.engine.text.tokenizer import Tokenizer
 from loraplex.entrypoints.http.serving import Serving
 from loraplex.entrypoints.openai.chat_parser import MessageParser
-from loraplex.entrypoints.openai.chat_requests import ChatCompletionRequest
+from loraplex.entrypoints.openai.chat_requests import ChatCompletionRequest, Conversation
 from loraplex.entrypoints.openai.reasoning_formats import ReasoningFormat, choose_reasoning_format
 from loraplex.entrypoints.openai.tool_formats import choose_tool_format
 from loraplex.entrypoints.openai.tool_formats.base import ToolFormat
@@ -41,16 +44,47 @@ class ChatPlan:
         return MessageParser(self.reasoning, tools)
 
 
+async def tokenizer_of(
+    serving: Serving, body: Conversation, lora_request: LoRARequest | None
+) -> Tokenizer:
+    """The one with whose chat template the conversation becomes a prompt. Raises ApiError or
+    ValueError."""
+    tokenizer = await serving.tokenizer_of(lora_request)
+    if body.chat_template is not None:
+        if not serving.trusts_chat_templates:
+            raise ValueError(
+                f"chat_template={describe(body.chat_template)} is not allowed: this server does "
+                "not take templates of requests (--trust-request-chat-template)"
+            )
+        tokenizer = tokenizer.with_chat_template(body.chat_template)
+    if body.documents and "documents" not in tokenizer.chat_template:
+        raise ValueError(
+            f"documents={describe(body.documents)} is not allowed: the chat template shows none"
+        )
+    return tokenizer
+
+
+async def encode_conversation(
+    serving: Serving, body: Conversation, tokenizer: Tokenizer
+) -> list[int]:
+    """The prompt's token ids. Raises ValueError for what the template refuses."""
+    messages = [message.for_template() for message in body.messages]
+    options = body.template_options()
+    if body.chat_template is None:
+        return await serving.encode_chat(messages, body.opens_answer, options, tokenizer)
+    # Who knows how long it takes: nobody else waits for it.
+    encode = partial(tokenizer.apply_chat_template, messages, body.opens_answer, **options)
+    return await asyncio.to_thread(encode)
+
+
 async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> ChatPlan:
     """Raises ApiError or ValueError for what can be refused at once."""
     lora_request = serving.models.resolve(body.model)
-    tokenizer = await serving.tokenizer_of(lora_request)
+    tokenizer = await tokenizer_of(serving, body, lora_request)
     tools, tool_format = body.offered_tools, None
     if tools:
         tool_format = choose_tool_format(serving.tool_call_parser, tokenizer.chat_template)
-    messages = [message.for_template() for message in body.messages]
-    options = body.template_options()
-    prompt = await serving.encode_chat(messages, body.opens_answer, options, tokenizer)
+    prompt = await encode_conversation(serving, body, tokenizer)
     prompt = body.truncate(prompt, serving.engine.model_info.max_model_len, body.most_tokens)
     reasoning = _reasoning(serving.reasoning_parser, tokenizer, prompt)
     params = body.sampling_params(serving.engine.model_info.default_sampling)

@@ -1,9 +1,9 @@
-"""The body of a chat, with vLLM's additions."""
+"""Conversations in bodies, and the body of a chat, with vLLM's additions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -17,7 +17,6 @@ NEUTRAL_CHAT_VALUES = {
     **NEUTRAL_VALUES,
     "add_special_tokens": (False,),
     "audio": (),
-    "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -105,28 +104,21 @@ RESERVED_TEMPLATE_NAMES = frozenset(
 )
 
 
-class ChatCompletionRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions."""
-
-    neutral_values = NEUTRAL_CHAT_VALUES
+class Conversation(StrictModel):
+    """Messages, and what a chat template makes a prompt of beside them."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    tools: list[ToolDefinition] | None = None
+    documents: list[dict[str, Any]] | None = None
+    """Texts to answer from, for templates that show them."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    tools: list[ToolDefinition] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    include_reasoning: bool | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """Jinja, instead of the model's or adapter's own; only where the server trusts requests."""
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def check_chat(self) -> ChatCompletionRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only allowed with logprobs=True")
+    def check_template(self) -> Self:
         if reserved := RESERVED_TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
             raise ValueError(f"chat_template_kwargs must not have {', '.join(sorted(reserved))}")
         if self.continue_final_message and self.add_generation_prompt:
@@ -135,19 +127,46 @@ class ChatCompletionRequest(GenerationRequest):
             )
         return self
 
-    def template_options(self) -> dict[str, Any]:
-        """What the chat template is given beside the messages."""
-        options = dict(self.chat_template_kwargs or {})
-        if self.continue_final_message:
-            options["continue_final_message"] = True
-        if self.offered_tools:
-            options["tools"] = [tool.for_template() for tool in self.offered_tools]
-        return options
+    @property
+    def offered_tools(self) -> list[ToolDefinition]:
+        """Those that the model may call."""
+        return self.tools or []
 
     @property
     def opens_answer(self) -> bool:
         """Whether the prompt ends with the beginning of an answer."""
         return self.add_generation_prompt is not False and not self.continue_final_message
+
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template is given beside the messages."""
+        options = dict(self.chat_template_kwargs or {})
+        if self.continue_final_message:
+            options["continue_final_message"] = True
+        if self.documents:
+            options["documents"] = self.documents
+        if self.offered_tools:
+            options["tools"] = [tool.for_template() for tool in self.offered_tools]
+        return options
+
+
+class ChatCompletionRequest(Conversation, GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    neutral_values = NEUTRAL_CHAT_VALUES
+
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+
+    @model_validator(mode="after")
+    def check_chat(self) -> ChatCompletionRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed with logprobs=True")
+        return self
 
     @model_validator(mode="after")
     def check_tools(self) -> ChatCompletionRequest:
@@ -167,7 +186,6 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def offered_tools(self) -> list[ToolDefinition]:
-        """Those that the model may call."""
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property

@@ -13,8 +13,8 @@ from loraplex.entrypoints.http.streaming import json_response
 from loraplex.entrypoints.http.strict_model import StrictModel
 from loraplex.entrypoints.lorax import routes as lorax_routes
 from loraplex.entrypoints.lorax.requests import TokenizeRequest as LoraxTokenizeRequest
-from loraplex.entrypoints.openai.chat_requests import ChatMessage
-from loraplex.entrypoints.openai.tools import ToolDefinition
+from loraplex.entrypoints.openai.chat_plan import encode_conversation, tokenizer_of
+from loraplex.entrypoints.openai.chat_requests import Conversation
 
 router = APIRouter()
 
@@ -28,16 +28,11 @@ class TokenizeText(StrictModel):
     return_token_strs: bool = False
 
 
-class TokenizeChat(StrictModel):
+class TokenizeChat(Conversation):
     """A conversation to tokenise."""
 
     model: str | None = None
-    messages: list[ChatMessage]
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
     return_token_strs: bool = False
-    tools: list[ToolDefinition] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeRequest(StrictModel):
@@ -68,18 +63,12 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     if isinstance(body, LoraxTokenizeRequest):
         return await lorax_routes.tokenize(body, request)
     lora_request = serving.models.resolve(body.model or serving.models.base_name)
-    tokenizer = await serving.tokenizer_of(lora_request)
     if isinstance(body, TokenizeText):
+        tokenizer = await serving.tokenizer_of(lora_request)
         token_ids = await serving.encode(body.prompt, body.add_special_tokens, tokenizer)
     else:
-        options = dict(body.chat_template_kwargs or {})
-        if body.tools:
-            options["tools"] = [tool.for_template() for tool in body.tools]
-        if body.continue_final_message:
-            options["continue_final_message"] = True
-        messages = [message.for_template() for message in body.messages]
-        opens_answer = body.add_generation_prompt and not body.continue_final_message
-        token_ids = await serving.encode_chat(messages, opens_answer, options, tokenizer)
+        tokenizer = await tokenizer_of(serving, body, lora_request)
+        token_ids = await encode_conversation(serving, body, tokenizer)
     answer = {
         "count": len(token_ids),
         "max_model_len": serving.engine.model_info.max_model_len,

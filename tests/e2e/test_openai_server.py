@@ -125,6 +125,19 @@ async def test_schemas_of_many_requests_at_once_and_one_that_is_wrong(url):
     assert error.param == "structured_outputs.regex"
 
 
+def test_a_message_is_gone_on_with_and_templates_are_not_taken(client):
+    messages = [*ASK, {"role": "assistant", "content": "One, two, three, four,"}]
+    answer = client.chat.completions.create(
+        model=MODEL, messages=messages, temperature=0, max_tokens=4,
+        extra_body={"continue_final_message": True, "add_generation_prompt": False},
+    )  # fmt: skip
+    assert answer.choices[0].message.content.startswith(" five")
+    with pytest.raises(openai.BadRequestError, match="--trust-request-chat-template"):
+        client.chat.completions.create(
+            model=MODEL, messages=ASK, extra_body={"chat_template": "{{ messages }}"}
+        )
+
+
 def test_words_that_must_not_come_and_tokens_that_may(client):
     def ask(**fields) -> str:
         answer = client.chat.completions.create(

@@ -30,7 +30,7 @@ def adapter_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def server(adapter_root) -> Iterator[ServerProcess]:
     modules = [f"{path.name}={path}" for path in sorted(adapter_root.iterdir())]
-    with running_server("--lora-modules", *modules) as server:
+    with running_server("--trust-request-chat-template", "--lora-modules", *modules) as server:
         yield server
         assert server.stop() == 0
         assert "Traceback" not in server.log

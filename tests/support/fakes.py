@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -27,8 +28,15 @@ class ByteTokenizer:
     def __init__(self) -> None:
         self.vocab_size = 259
         self.chat_template = "{{ tools }} <tool_call> <think> </think>"
+        self.opening = ""
         self.eos_token_ids = [EOS]
         self.num_decoded_tokens = 0
+
+    def with_chat_template(self, chat_template: str) -> ByteTokenizer:
+        """Whatever the template is, a conversation begins with it."""
+        other = copy.copy(self)
+        other.chat_template = other.opening = chat_template
+        return other
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
@@ -56,7 +64,8 @@ class ByteTokenizer:
     def apply_chat_template(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> list[int]:
-        prefix = kwargs.pop("system", "")
+        prefix = self.opening + kwargs.pop("system", "")
+        prefix += "".join(f"{d['text']}, " for d in kwargs.pop("documents", []))
         prefix += "".join(f"{t['function']['name']}, " for t in kwargs.pop("tools", []))
         if kwargs:
             raise ValueError(f"the template knows no {sorted(kwargs)}")

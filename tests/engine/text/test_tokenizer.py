@@ -118,6 +118,34 @@ def test_chat_template(tokenizer):
     assert tokenizer.decode(token_ids, skip_special_tokens=False) == "<s>hi</s>!"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ nothing() }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0].content + 1 }}",
+        "{% include '/etc/passwd' %}",
+        "{% for",
+    ],
+)
+def test_a_template_reaches_nothing_and_fails_by_itself(tokenizer, template):
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match="the chat template refuses the messages"):
+        tokenizer.with_chat_template(template).apply_chat_template(messages)
+    assert messages == [{"role": "user", "content": "hi"}]
+
+
+def test_another_template(tokenizer):
+    template = "{% for d in documents %}{{ d.text }}.{% endfor %}{{ messages[0].content }}"
+    other = tokenizer.with_chat_template(template)
+    assert other.chat_template == template != tokenizer.chat_template
+    token_ids = other.apply_chat_template([{"content": "hi"}], documents=[{"text": "One"}])
+    assert other.decode(token_ids) == "One.hi"
+
+
 def test_a_template_that_refuses_says_why(tokenizer):
     with pytest.raises(ValueError, match="refuses the messages: no tools here"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])

@@ -128,6 +128,9 @@ def test_bad_values_of_completions(server, changes, param, words):
         ({"logprobs": 2}, "logprobs", "boolean"),
         ({"chat_template_kwargs": {"tokenize": False}}, None, "tokenize"),
         ({"chat_template_kwargs": {"nonsense": 1}}, None, "nonsense"),
+        ({"documents": [{"text": "x"}]}, "documents", "shows none"),
+        ({"chat_template": ""}, "chat_template", "1 character"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, None, "not allowed"),
         ({"prompt": "x"}, "prompt", "not a field"),
     ],
 )  # fmt: skip

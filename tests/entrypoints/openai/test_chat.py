@@ -49,6 +49,34 @@ def test_template_options(client):
     assert answer.choices[0].message.content == "S.user: hi"
 
 
+def test_a_template_of_the_requests_own(client):
+    answer = client.chat.completions.create(
+        model="fake",
+        messages=ask("hi"),
+        extra_body={
+            "chat_template": "{{ documents }} ",
+            "documents": [{"text": "One."}],
+            "continue_final_message": False,
+        },
+    )
+    assert answer.choices[0].message.content == "{{ documents }} One., user: hiassistant: "
+
+
+def test_tokens_of_a_chat_in_numbers(client):
+    options = {
+        "model": "fake", "messages": ask("hi"), "max_tokens": 5, "logprobs": True,
+        "extra_body": {"return_token_ids": True, "return_tokens_as_token_ids": True},
+    }  # fmt: skip
+    answer = client.chat.completions.create(**options)
+    choice = answer.choices[0]
+    assert answer.prompt_token_ids[:3] == [256, 258, ord("u")]
+    assert choice.token_ids == list(b"user:")
+    assert [t.token for t in choice.logprobs.content][:2] == ["token_id:117", "token_id:115"]
+    chunks = list(client.chat.completions.create(stream=True, **options))
+    assert chunks[0].prompt_token_ids == answer.prompt_token_ids
+    assert [t for chunk in chunks for t in chunk.choices[0].token_ids] == choice.token_ids
+
+
 def test_without_max_tokens_the_model_length_is_the_limit(client):
     answer = client.chat.completions.create(model="fake", messages=LONG)
     assert answer.choices[0].finish_reason == "length"
