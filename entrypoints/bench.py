@@ -13,6 +13,7 @@ BENCHMARKS = {
     "cold": "What requests to adapters in host memory cost themselves and those that run.",
     "server": "What HTTP costs: streams and cancelled requests without a model behind them.",
     "many": "Servers with more and more adapters: start-up, throughput and memory.",
+    "faults": "What faults of adapters cost: the requests that meet them, and those beside.",
     "eviction": "What to evict: policies and fixed splits, on a simulated H100.",
     "loading": "Time and memory of loading a checkpoint, against reading its bytes.",
     "kernels": "The kernels against what this machine's memory and arithmetic allow.",
@@ -33,6 +34,8 @@ examples:
       gaps between tokens and times to first token, adapters cold and warm
   loraplex bench many --num-adapters 5 20 100 1000 2000
       a server for each count, under uniform and skewed traffic; its memory, and its start-up
+  loraplex bench faults
+      a hub and an S3 store that fail, 500 first requests at once, 200 adapters swapped
   loraplex bench eviction --workloads chat scan --seeds 1
       the real scheduler and pool on a simulated device; needs neither a GPU nor a model
   loraplex bench server --num-streams 1000
@@ -52,6 +55,7 @@ MODULES = {
     "cold": "cold_adapters",
     "server": "server_load",
     "many": "many_adapters",
+    "faults": "adapter_faults",
 }
 
 

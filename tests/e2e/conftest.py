@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from adapter_stores import AdapterMaker, hub_server
-from fake_hub import FakeHub
-from faulty_server import FaultyServer
+from adapter_stores import AdapterMaker
 from transformers import AutoTokenizer
 
+from loraplex.benchmarks.fake_hub import FakeHub
+from loraplex.benchmarks.faulty_server import FaultyServer
 from loraplex.benchmarks.synthetic_adapters import write_adapter
 from loraplex.benchmarks.synthetic_model import write_model
 from loraplex.engine.config import EngineConfig
@@ -72,5 +72,5 @@ def hub() -> FakeHub:
 
 @pytest.fixture
 def server(hub: FakeHub) -> Iterator[FaultyServer]:
-    with hub_server(hub) as server:
+    with FaultyServer(hub) as server:
         yield server

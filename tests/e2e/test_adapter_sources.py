@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from adapter_stores import PARAMS, PROMPT, generate, s3_server, tiny_llm
-from faulty_server import FaultyServer
+from adapter_stores import PARAMS, PROMPT, generate, tiny_llm
 
 from loraplex import LLM, LoRARequest
+from loraplex.benchmarks.faulty_server import FaultyServer
+from loraplex.benchmarks.s3_server import s3_server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

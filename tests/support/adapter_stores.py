@@ -1,15 +1,8 @@
-"""A hub and an S3 store with real adapters, and engines of a tiny model that read from them."""
+"""Real adapters of a tiny model, and engines that read them from wherever they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-import boto3
-from fake_hub import FakeHub
-from faulty_server import FaultyServer
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.benchmarks.synthetic_adapters import write_adapter
@@ -32,27 +25,6 @@ class AdapterMaker:
 
     def files(self, seed: int) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.directory(seed).iterdir()}
-
-
-@contextmanager
-def hub_server(hub: FakeHub) -> Iterator[FaultyServer]:
-    with FaultyServer(hub) as server:
-        yield server
-
-
-@contextmanager
-def s3_server(prefixes: dict[str, dict[str, bytes]]) -> Iterator[FaultyServer]:
-    """A store with the bucket `adapters`. AWS's credentials must be in the environment."""
-    with FaultyServer(DomainDispatcherApplication(create_backend_app)) as server:
-        resource = boto3.resource("s3", endpoint_url=server.url, region_name="us-east-1")
-        bucket = resource.create_bucket(Bucket="adapters")
-        for prefix, files in prefixes.items():
-            for name, content in files.items():
-                bucket.put_object(Key=f"{prefix}/{name}", Body=content)
-        yield server
-        server.clear_faults()
-        bucket.objects.delete()
-        bucket.delete()
 
 
 def tiny_llm(model: Path, cache: Path, **options) -> LLM:

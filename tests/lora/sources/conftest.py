@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from fake_hub import FakeHub
-from faulty_server import FaultyServer
 
+from loraplex.benchmarks.fake_hub import FakeHub
+from loraplex.benchmarks.faulty_server import FaultyServer
 from loraplex.lora.sources.fetcher import AdapterFetcher, SourceSettings
 
 

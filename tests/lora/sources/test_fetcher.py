@@ -11,9 +11,9 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
-from fake_hub import MINIMAL_ADAPTER, FakeHub
-from faulty_server import FaultyServer
 
+from loraplex.benchmarks.fake_hub import MINIMAL_ADAPTER, FakeHub
+from loraplex.benchmarks.faulty_server import FaultyServer
 from loraplex.lora.sources import fetcher as fetcher_module
 from loraplex.lora.sources.fetcher import AdapterFetcher, FetchedAdapter, SourceSettings
 from loraplex.lora.sources.reference import AdapterReference

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 
 import pytest
-from fake_hub import MINIMAL_ADAPTER, FakeHub
-from faulty_server import FaultyServer
 from huggingface_hub import constants
 
+from loraplex.benchmarks.fake_hub import MINIMAL_ADAPTER, FakeHub
+from loraplex.benchmarks.faulty_server import FaultyServer
 from loraplex.lora.sources.fetcher import AdapterFetcher, FetchedAdapter
 from loraplex.lora.sources.reference import parse_adapter_reference
 from loraplex.lora.spec import AdapterError

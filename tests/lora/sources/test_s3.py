@@ -9,9 +9,9 @@ from typing import Any
 
 import boto3
 import pytest
-from faulty_server import FaultyServer
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
+from loraplex.benchmarks.faulty_server import FaultyServer
 from loraplex.lora.sources.fetcher import AdapterFetcher, FetchedAdapter
 from loraplex.lora.sources.reference import parse_adapter_reference
 from loraplex.lora.spec import AdapterError

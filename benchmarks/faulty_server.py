@@ -1,4 +1,4 @@
-"""A real HTTP server in a thread, around any WSGI application, which fails as a test wants."""
+"""A real HTTP server in a thread, around any WSGI application, which fails as it is told."""
 
 from __future__ import annotations
 
