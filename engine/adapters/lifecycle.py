@@ -184,8 +184,10 @@ class AdapterLifecycle:
         if tier == "host":
             yield from self._read(adapter)
         while tier == "pool" and adapter.residency is not Residency.RESIDENT:
-            if adapter.residency is Residency.ABSENT:
-                num_pages = yield from self._read(adapter)
+            # While this waits, others who want it may begin the copy, or evict it again.
+            is_absent = adapter.residency is Residency.ABSENT
+            num_pages = self._read_now(adapter) if is_absent else None
+            if num_pages is not None:
                 self._check_room(adapter, num_pages, pin)
                 is_there = self._adapters.start_copy(adapter, num_pages)
                 if is_there:

@@ -42,6 +42,15 @@ def test_a_preloaded_adapter_needs_no_load(num_awaited_pages):
         core.preload_adapter(A, tier="disk")
 
 
+@pytest.mark.parametrize("num_awaited_pages", [0, 100])
+def test_who_wants_an_adapter_that_is_on_its_way_waits_for_the_same_copy(num_awaited_pages):
+    core = fake_core(num_pages=50, num_awaited_pages=num_awaited_pages)
+    operations = [core.preload_adapter(A, pin=pin) for pin in (False, True)]
+    finish(core, request_of("r"))
+    assert [operation.result(0)["tier"] for operation in operations] == ["pool", "pool"]
+    assert core.stats()["adapter_loads"] == 1
+
+
 def test_a_pinned_adapter_stays_whatever_else_is_wanted():
     core = fake_core(num_pages=30, max_model_len=16)
     assert do(core, core.preload_adapter(A, pin=True))["pinned"] == "pool"
