@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
 from loraplex.engine.memory.eviction import POLICIES
+from loraplex.engine.vllm_options import VLLM_OPTIONS, check_vllm_option
 from loraplex.lora.options import check_option, option
 from loraplex.lora.sources.settings import SourceSettings
 
@@ -124,14 +127,10 @@ class EngineConfig(SourceSettings):
                      "max_model_len", "pool_bytes", "max_num_waiting"):  # fmt: skip
             value = getattr(self, name)
             if value is not None:
-                check_option(
-                    name, value, isinstance(value, int) and value >= 1, "an integer of 1 or more"
-                )
+                check_option(name, value, value >= 1, "1 or more")
         for name in ("host_adapter_bytes", "adapter_affinity_tokens"):
             value = getattr(self, name)
-            check_option(
-                name, value, isinstance(value, int) and value >= 0, "an integer of 0 or more"
-            )
+            check_option(name, value, value >= 0, "0 or more")
         seconds = self.max_queue_seconds
         check_option("max_queue_seconds", seconds, seconds is None or seconds > 0, "above 0")
         share = self.gpu_memory_utilization
@@ -144,9 +143,21 @@ class EngineConfig(SourceSettings):
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
-        """An EngineConfig; an unknown option is an error that names the known ones."""
+        """An EngineConfig; an unknown option is an error that names the known ones.
+
+        vLLM's options for what happens anyway are taken, too.
+        """
         known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise ValueError(f"{name!r} is not an option; the options are {', '.join(known)}")
+        for name in options.keys() - set(known):
+            if name not in VLLM_OPTIONS:
+                raise ValueError(_unknown_option(name, known))
+            check_vllm_option(name, options.pop(name))
+        if isinstance(options.get("model"), os.PathLike):
+            options["model"] = os.fspath(options["model"])
         return cls(**options)
+
+
+def _unknown_option(name: str, known: list[str]) -> str:
+    similar = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {similar[0]}?" if similar else f"the options are {', '.join(known)}"
+    return f"{name!r} is not an option: {hint}"

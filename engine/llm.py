@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
-import signal
+import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self, SupportsIndex
-
-from tqdm import tqdm
 
 from loraplex.engine.adapters.manager import Tier
 from loraplex.engine.config import EngineConfig
@@ -22,12 +19,13 @@ from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.messages import EngineOutput, EngineRequest, Service, refusal
 from loraplex.engine.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from loraplex.engine.sampling_params import SamplingParams
+from loraplex.engine.terminal import ProgressBar, interrupts_between_steps
 from loraplex.engine.text.adapter_tokenizers import AdapterTokenizers
 from loraplex.engine.text.input_processor import InputProcessor, Prompt, prompt_text
+from loraplex.engine.text.messages import Message, check_messages
 from loraplex.engine.text.output_processor import OutputProcessor
 from loraplex.engine.text.tokenizer import Tokenizer, load_tokenizer
 
-Message = dict[str, Any]
 WAIT_SECONDS = 0.1
 
 
@@ -35,10 +33,11 @@ class LLM:
     """A model that generates text, with any adapter for any prompt.
 
     The options are EngineConfig's fields. Raises ValueError for one that is unknown or not allowed.
-    One thread at a time may use it. As a context manager it shuts down at the end.
+    Threads that use it take turns: one call of generate, chat or embed after the other. As a
+    context manager it shuts down at the end.
     """
 
-    def __init__(self, model: str = EngineConfig.model, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] = EngineConfig.model, **options: Any) -> None:
         config = EngineConfig.from_options(model=model, **options)
         core = EngineCore(config)
         tokenizer = None
@@ -58,7 +57,8 @@ class LLM:
         return llm
 
     def _attach(self, core: EngineCore, tokenizer: Tokenizer | None, seed: int) -> None:
-        self._core = core
+        self._open_core: EngineCore | None = core
+        self._turn = threading.RLock()
         self._tokenizer = tokenizer
         self._input_processor = InputProcessor(core.model_info, tokenizer, seed)
         self._output_processor = OutputProcessor(tokenizer)
@@ -92,33 +92,10 @@ class LLM:
         priority: for all, or one for each prompt; of an adapter's prompts the lowest are served
             first.
         """
-        prompts = _as_list(prompts)
-        if sampling_params is None:
-            sampling_params = self.get_default_sampling_params()
-        params = _one_for_each("sampling_params", sampling_params, len(prompts))
-        lora_requests = _one_for_each("lora_request", lora_request, len(prompts))
-        priorities = _one_for_each("priority", priority, len(prompts))
-        request_ids = list(itertools.islice(self._request_ids, len(prompts)))
-        outputs: dict[str, RequestOutput] = {}
-        requests: list[tuple[str | None, list[EngineRequest]]] = []
-        for request_id, prompt, param, lora, rank in zip(
-            request_ids, prompts, params, lora_requests, priorities, strict=True
-        ):
-            text = prompt_text(prompt)
-            try:
-                requests.append((text, self._process(request_id, prompt, param, lora, rank)))
-            except ValueError as error:
-                if not return_errors:
-                    raise
-                outputs[request_id] = RequestOutput(
-                    request_id, text, [], [], finished=True, lora_request=lora, error=error
-                )
-        outputs |= {output.request_id: output for output in self._run(requests, use_tqdm)}
-        in_order = [outputs[request_id] for request_id in request_ids]
-        for output in in_order:
-            if output.error is not None and not return_errors:
-                raise output.error
-        return in_order
+        listed = _as_list(prompts)
+        return self._complete(
+            "prompts", listed, sampling_params, lora_request, use_tqdm, return_errors, priority
+        )
 
     def chat(
         self,
@@ -127,25 +104,41 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: bool = True,
         return_errors: bool = False,
-        **chat_template_options: Any,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several; see generate.
 
         messages: dicts with "role" and "content"; several conversations are a list of such lists.
-        chat_template_options: add_generation_prompt, and what the model's chat template knows.
+        chat_template: instead of the model's or the adapter's own.
+        add_generation_prompt: open an answer; without it the last message is the prompt's end.
+        continue_final_message: go on with the last message, and open no answer.
+        tools: functions that the template shows to the model, as in OpenAI's API.
+        chat_template_kwargs: what else the template knows, such as enable_thinking.
         """
         self.get_tokenizer()
         is_one = bool(messages) and isinstance(messages[0], dict)
         conversations: Sequence[Any] = [messages] if is_one else messages
         lora_requests = _one_for_each("lora_request", lora_request, len(conversations))
-        prompts: list[Prompt] = []
-        for conversation, lora in zip(conversations, lora_requests, strict=True):
-            tokenizer = self._tokenizer_of(lora)
-            assert tokenizer is not None
-            token_ids = tokenizer.apply_chat_template(list(conversation), **chat_template_options)
-            text = tokenizer.decode(token_ids, skip_special_tokens=False)
-            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
-        return self.generate(prompts, sampling_params, lora_request, use_tqdm, return_errors)
+        options: dict[str, Any] = dict(chat_template_kwargs or {})
+        if chat_template is not None:
+            options["chat_template"] = chat_template
+        if continue_final_message:
+            options["continue_final_message"] = True
+        if tools is not None:
+            options["tools"] = list(tools)
+        opens_answer = add_generation_prompt and not continue_final_message
+        prompts = [
+            self._conversation_prompt(conversation, lora, opens_answer, options)
+            for conversation, lora in zip(conversations, lora_requests, strict=True)
+        ]
+        return self._complete(
+            "messages", prompts, sampling_params, lora_requests, use_tqdm, return_errors
+        )
 
     def embed(
         self,
@@ -172,7 +165,8 @@ class LLM:
 
     def adapters(self) -> list[dict[str, Any]]:
         """The state of each adapter that the engine knows."""
-        return self._core.adapters()
+        with self._turn:
+            return self._core.adapters()
 
     def preload_adapter(
         self, lora_request: LoRARequest, tier: Tier = "pool", pin: bool = False
@@ -181,20 +175,24 @@ class LLM:
 
         Gives its state. Raises ValueError if it can't be served or does not fit.
         """
-        return self._wait_for(self._core.preload_adapter(lora_request, tier, pin))
+        with self._turn:
+            return self._wait_for(self._core.preload_adapter(lora_request, tier, pin))
 
     def unpin_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
         """Let an adapter be evicted again. Raises ValueError if it is not pinned."""
-        return self._core.unpin_adapter(lora_request)
+        with self._turn:
+            return self._core.unpin_adapter(lora_request)
 
     def refresh_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
         """Ask an adapter's source for its current version, which requests get from now on;
         `changed` says whether there is a new one. Raises ValueError if it can't be served."""
-        return self._wait_for(self._core.refresh_adapter(lora_request))
+        with self._turn:
+            return self._wait_for(self._core.refresh_adapter(lora_request))
 
     def unload_adapter(self, lora_request: LoRARequest, delete_files: bool = False) -> None:
         """Free all that an adapter takes; delete_files: also remove what was downloaded."""
-        self._core.unload_adapter(lora_request, delete_files=delete_files)
+        with self._turn:
+            self._core.unload_adapter(lora_request, delete_files=delete_files)
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. ValueError if skip_tokenizer_init left it out."""
@@ -204,11 +202,15 @@ class LLM:
 
     def check_integrity(self) -> None:
         """Assert that every page has one owner and every count adds up."""
-        self._core.check_integrity()
+        with self._turn:
+            self._core.check_integrity()
 
     def shutdown(self) -> None:
-        """Give back memory and threads; the LLM is of no use afterwards."""
-        self._core.shutdown()
+        """Give back memory and threads; the LLM is of no use afterwards. May be called twice."""
+        with self._turn:
+            core, self._open_core = self._open_core, None
+            if core is not None:
+                core.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -220,6 +222,77 @@ class LLM:
         traceback: TracebackType | None,
     ) -> None:
         self.shutdown()
+
+    @property
+    def _core(self) -> EngineCore:
+        if self._open_core is None:
+            raise RuntimeError("this LLM was shut down: make another one")
+        return self._open_core
+
+    def _complete(
+        self,
+        name: str,
+        prompts: Sequence[Prompt | ValueError],
+        sampling_params: Any,
+        lora_request: Any,
+        use_tqdm: bool,
+        return_errors: bool,
+        priority: Any = 0,
+    ) -> list[RequestOutput]:
+        """What generate and chat do; name: that of their argument. A prompt that could not be made
+        is the error with which its request fails."""
+        core = self._core
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params = _one_for_each("sampling_params", sampling_params, len(prompts))
+        lora_requests = _one_for_each("lora_request", lora_request, len(prompts))
+        priorities = _one_for_each("priority", priority, len(prompts))
+        request_ids = list(itertools.islice(self._request_ids, len(prompts)))
+        outputs: dict[str, RequestOutput] = {}
+        requests: list[tuple[str | None, list[EngineRequest]]] = []
+        for index, request_id in enumerate(request_ids):
+            prompt, lora, text = prompts[index], lora_requests[index], None
+            try:
+                if isinstance(prompt, ValueError):
+                    raise prompt
+                text = prompt_text(prompt)
+                engine_requests = self._process(
+                    request_id, prompt, params[index], lora, priorities[index]
+                )
+                requests.append((text, engine_requests))
+            except ValueError as error:
+                if len(prompts) > 1:
+                    error.args = (f"{name}[{index}]: {error}",)
+                if not return_errors:
+                    raise
+                outputs[request_id] = RequestOutput(
+                    request_id, text, [], [], finished=True, lora_request=lora, error=error
+                )
+        with self._turn:
+            outputs |= {output.request_id: output for output in self._run(core, requests, use_tqdm)}
+        in_order = [outputs[request_id] for request_id in request_ids]
+        for output in in_order:
+            if output.error is not None and not return_errors:
+                raise output.error
+        return in_order
+
+    def _conversation_prompt(
+        self,
+        conversation: Any,
+        lora_request: LoRARequest | None,
+        opens_answer: bool,
+        options: dict[str, Any],
+    ) -> Prompt | ValueError:
+        """The prompt, or what is wrong with the conversation."""
+        try:
+            tokenizer = self._tokenizer_of(lora_request)
+            assert tokenizer is not None
+            messages = check_messages(conversation)
+            token_ids = tokenizer.apply_chat_template(messages, opens_answer, **options)
+        except ValueError as error:
+            return error
+        text = tokenizer.decode(token_ids, skip_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": token_ids}
 
     def _tokenizer_of(self, lora_request: LoRARequest | None) -> Tokenizer | None:
         """The adapter's, or the base model's, if there is one."""
@@ -245,15 +318,20 @@ class LLM:
         )
 
     def _run(
-        self, requests: list[tuple[str | None, list[EngineRequest]]], use_tqdm: bool
+        self,
+        core: EngineCore,
+        requests: list[tuple[str | None, list[EngineRequest]]],
+        use_tqdm: bool,
     ) -> list[RequestOutput]:
         """Run (prompt text, engine requests) pairs to their ends. Whatever ends it early, what has
         not finished is aborted."""
-        core, processor = self._core, self._output_processor
+        processor = self._output_processor
         running: set[str] = set()
         finished: list[RequestOutput] = []
-        bar = _ProgressBar(total=len(requests), unit=" requests", disable=not use_tqdm)
-        with bar, _interrupts_between_steps() as check_interrupt:
+        bar = ProgressBar(
+            total=len(requests), unit=" requests", disable=not use_tqdm or not requests
+        )
+        with bar, interrupts_between_steps() as check_interrupt:
             try:
                 outputs: list[EngineOutput] = []
                 for prompt, engine_requests in requests:
@@ -295,9 +373,9 @@ class LLM:
         return refusals
 
 
-def _as_list(prompts: Any) -> list[Prompt]:
+def _as_list(prompts: Any) -> list[Any]:
     """The prompts, of which there may be one by itself."""
-    if isinstance(prompts, str | dict):
+    if isinstance(prompts, str | bytes | dict) or not isinstance(prompts, Iterable):
         return [prompts]
     prompts = list(prompts)
     is_token_ids = bool(prompts) and isinstance(prompts[0], SupportsIndex)
@@ -314,44 +392,3 @@ def _one_for_each(name: str, value: Any, num_prompts: int) -> Sequence[Any]:
             f"one for all, or a list of length {num_prompts}"
         )
     return value
-
-
-class _ProgressBar(tqdm):
-    """Counts finished requests, and shows the rate of their output tokens."""
-
-    num_output_tokens = 0
-
-    def add(self, outputs: list[RequestOutput]) -> None:
-        if self.disable:
-            return
-        self.num_output_tokens += sum(len(c.token_ids) for o in outputs for c in o.outputs)
-        rate = self.num_output_tokens / max(self.format_dict["elapsed"], 1e-6)
-        self.set_postfix_str(f"{rate:.1f} output tokens/s", refresh=False)
-        self.update(len(outputs))
-
-
-@contextmanager
-def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
-    """Ctrl-C tears no step apart: it raises KeyboardInterrupt where the function that this gives is
-    called. A second one raises at once. A handler of the program's own is left alone."""
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not is_default or threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    is_interrupted = False
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        nonlocal is_interrupted
-        if is_interrupted:
-            raise KeyboardInterrupt
-        is_interrupted = True
-
-    def check() -> None:
-        if is_interrupted:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from loraplex.engine.errors import describe
 from loraplex.lora.recipe import Merge, is_finite_number
@@ -12,6 +14,7 @@ from loraplex.lora.recipe import Merge, is_finite_number
 class LoRARequest:
     """Names an adapter: the name is what users and metrics see, the path where it comes from.
 
+    vLLM's form is taken, too: LoRARequest(name, number, path).
     Several adapters may be used as one, by merged_adapters instead of a path.
     Raises ValueError naming the field, its value and what is allowed.
     """
@@ -27,8 +30,18 @@ class LoRARequest:
     token: str | None = field(default=None, repr=False)
     """Reads the hub for this request: what it may not read is not served, cached or not. None: the
     engine's own."""
+    lora_int_id: int | None = field(default=None, repr=False, compare=False)
+    """vLLM's number of the adapter, which says nothing here."""
 
     def __post_init__(self) -> None:
+        number: Any = self.lora_path
+        path: Any = self.merged_adapters
+        if isinstance(number, int) and isinstance(path, str | os.PathLike):
+            object.__setattr__(self, "lora_int_id", number)
+            object.__setattr__(self, "lora_path", path)
+            object.__setattr__(self, "merged_adapters", None)
+        if isinstance(self.lora_path, os.PathLike):
+            object.__setattr__(self, "lora_path", os.fspath(self.lora_path))
         for name in ("lora_name", "lora_path"):
             value = getattr(self, name)
             if not isinstance(value, str):

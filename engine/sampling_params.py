@@ -106,6 +106,10 @@ class SamplingParams:
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             _check(name, value, is_number and math.isfinite(value), "a finite number")
+        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize",
+                     "skip_special_tokens"):  # fmt: skip
+            value = getattr(self, name)
+            _check(name, value, isinstance(value, bool), "True or False")
         _check("stop", self.stop, all(isinstance(s, str) and s for s in self.stop),
                "a non-empty string or several")  # fmt: skip
         _check("bad_words", self.bad_words, all(isinstance(s, str) and s for s in self.bad_words),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 import random
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from loraplex.engine.errors import describe
@@ -85,9 +86,9 @@ class InputProcessor:
     def _prompt_token_ids(self, prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
         content = _content(prompt)
         if not isinstance(content, str):
-            token_ids = _integers(content)
+            token_ids = content
         elif tokenizer is not None:
-            token_ids = tokenizer.encode(content)
+            token_ids = tokenizer.encode(_check_text(content))
         else:
             raise ValueError(
                 f"prompt={describe(content)} is not allowed: without a tokenizer it must be "
@@ -145,22 +146,38 @@ def prompt_text(prompt: Prompt) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _content(prompt: Prompt) -> Any:
+def _content(prompt: Any) -> str | list[int]:
     """The prompt's token ids or, if it has none, its text."""
-    if not isinstance(prompt, dict):
+    if isinstance(prompt, str):
         return prompt
+    if not isinstance(prompt, dict):
+        return _integers("prompt", prompt, "a string, a list of token ids, or a dict with either")
     if not prompt or not prompt.keys() <= PROMPT_KEYS:
         raise ValueError(
             f"prompt={describe(prompt)} is not allowed: a dict must have prompt_token_ids, or "
             "prompt with the text, or both, and nothing else"
         )
-    return prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
+    if "prompt_token_ids" in prompt:
+        return _integers("prompt_token_ids", prompt["prompt_token_ids"], "a list of integers")
+    if not isinstance(prompt["prompt"], str):
+        raise ValueError(f"prompt={describe(prompt['prompt'])} is not allowed: it must be a string")
+    return prompt["prompt"]
 
 
-def _integers(token_ids: Any) -> list[int]:
+def _integers(name: str, token_ids: Any, allowed: str) -> list[int]:
+    if not isinstance(token_ids, str | bytes):
+        with suppress(TypeError):
+            return list(map(operator.index, token_ids))
+    raise ValueError(f"{name}={describe(token_ids)} is not allowed: it must be {allowed}")
+
+
+def _check_text(text: str) -> str:
+    """Half of a surrogate pair is a character to Python, and none to tokenizers."""
     try:
-        return list(map(operator.index, token_ids))
-    except TypeError:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"prompt_token_ids={describe(token_ids)} is not allowed: it must be a list of integers"
+            f"prompt={describe(text)} is not allowed: the character at {error.start}, "
+            f"{text[error.start]!r}, is none of Unicode's"
         ) from None
+    return text

@@ -10,7 +10,7 @@ from loraplex.entrypoints.http.adapter_places import AdapterPlaces
 from loraplex.entrypoints.http.limits import Limits
 from loraplex.entrypoints.openai.reasoning_formats import REASONING_FORMATS
 from loraplex.entrypoints.openai.tool_formats import TOOL_FORMATS
-from loraplex.lora.options import check_option, option
+from loraplex.lora.options import check_option, check_types, option
 
 API_KEY_VARIABLE = "LORAPLEX_API_KEY"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -111,6 +111,7 @@ class ServerConfig:
     log_level: str = option("info", "One of debug, info, warning and error.")
 
     def __post_init__(self) -> None:
+        check_types(self)
         checks = [
             ("port", 0 <= self.port < 65536, "0 to 65535"),
             ("api_key", all(key and key.isascii() for key in self.api_key or []),

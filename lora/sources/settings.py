@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from loraplex.lora.options import check_option, option
+from loraplex.lora.options import check_option, check_types, option
 
 GIB = 1 << 30
 HUB_TOKEN_VARIABLE = "LORAPLEX_HUB_TOKEN"
@@ -69,6 +69,7 @@ class SourceSettings:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         least = {"adapter_cache_bytes": 0, "max_adapter_bytes": 1, "adapter_fetch_threads": 1,
                  "adapter_fetch_seconds": 0.001, "adapter_stall_seconds": 0.001,
                  "adapter_fetch_attempts": 1, "adapter_backoff_seconds": 0,

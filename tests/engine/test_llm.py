@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from fakes import BOS, EOS, ByteTokenizer, FakeCore
 
+from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import RequestError
 from loraplex.engine.llm import LLM
 from loraplex.engine.lora_request import LoRARequest
@@ -126,6 +129,21 @@ def test_mistakes_are_named_before_anything_runs(llm, core, options, message):
     assert core.seen == []
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a", []], r"^prompts\[1\]: prompt=\[\] is not allowed"),
+        (["a", None], r"^prompts\[1\]: prompt=None is not allowed"),
+        ([[]], r"^prompt=\[\] is not allowed"),
+        (None, "^prompt=None is not allowed"),
+        (b"ab", "^prompt=b'ab' is not allowed"),
+    ],
+)
+def test_a_prompt_that_is_wrong_is_found_among_many(llm, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate(llm, prompts)
+
+
 def test_a_failed_request_raises_when_the_others_have_finished(llm, core):
     for lora_request, status in ((MISSING, 404), (BROKEN, 400)):
         core.seen.clear()
@@ -213,6 +231,30 @@ def test_other_threads_than_the_main_one_may_generate(llm):
     assert texts(outputs) == ["text"]
 
 
+def test_threads_take_turns(llm, core):
+    in_steps, most = [], 0
+
+    def step():
+        nonlocal most
+        in_steps.append(threading.get_ident())
+        most = max(most, len(set(in_steps)))
+        time.sleep(0.001)
+        in_steps.remove(threading.get_ident())
+
+    core.on_step = step
+    texts_of = {}
+    threads = [
+        threading.Thread(target=lambda i=i: texts_of.update({i: texts(generate(llm, [f"t{i}"]))}))
+        for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts_of == {i: [f"t{i}"] for i in range(4)}
+    assert most == 1
+
+
 def test_a_failure_of_the_engine_aborts_what_runs(llm, core):
     def fail():
         if core.num_steps == 2:
@@ -236,10 +278,30 @@ def test_chat_uses_the_template(llm):
         lora_request=[GOOD, None],
         use_tqdm=False,
         add_generation_prompt=False,
-        system="S",
+        chat_template_kwargs={"system": "S"},
     )
     assert texts(both) == ["Suser: hi", "Suse"]
     assert [o.lora_request for o in both] == [GOOD, None]
+
+
+def test_messages_may_come_in_parts_and_mistakes_in_them_are_named(llm, core):
+    parts = [{"type": "text", "text": "hi"}, {"type": "text", "text": "you"}]
+    (output,) = llm.chat([{"role": "user", "content": parts}], LONG, use_tqdm=False)
+    assert output.outputs[0].text == "user: hi\nyouassistant: "
+    good = [{"role": "user", "content": "hi"}]
+    for bad, message in [
+        ("hi", "messages='hi' is not allowed: it must be a list of messages"),
+        ([], "it must be a list of messages, at least one"),
+        ([{"content": "hi"}], "the message {'content': 'hi'} .* role and content"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "image_url.* must be a text part"),
+    ]:
+        with pytest.raises(ValueError, match=rf"^messages\[1\]: .*{message}"):
+            llm.chat([good, bad], LONG, use_tqdm=False)
+        first, second = llm.chat([good, bad], LONG, use_tqdm=False, return_errors=True)
+        assert first.error is None
+        assert isinstance(second.error, ValueError)
+    with pytest.raises(TypeError, match="add_generation_promt"):
+        llm.chat(good, add_generation_promt=False)
 
 
 def test_progress_bar_counts_requests_and_tokens(llm, capsys):
@@ -276,8 +338,48 @@ def test_life_of_an_llm(core):
         assert llm.get_tokenizer().eos_token_ids == [EOS]
         assert not core.is_shut_down
     assert core.is_shut_down
+    llm.shutdown()
+    for use in (llm.stats, llm.check_integrity, lambda: llm.generate("a"), lambda: llm.embed("a")):
+        with pytest.raises(RuntimeError, match="this LLM was shut down"):
+            use()
 
 
-def test_unknown_options_are_named_before_a_model_is_loaded():
-    with pytest.raises(ValueError, match="'max_num_sequences' is not an option.*max_num_seqs"):
-        LLM("nowhere", max_num_sequences=3)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_num_sequences": 3}, "'max_num_sequences' is not an option: did you mean max_num_s"),
+        ({"colour": "red"}, "'colour' is not an option: the options are .*, max_num_seqs, "),
+        ({"max_num_seqs": True}, "max_num_seqs=True is not allowed: it must be an integer"),
+        ({"max_model_len": "512"}, "max_model_len='512' .* an integer or None"),
+        ({"enforce_eager": None}, "enforce_eager=None .* True or False"),
+        ({"adapter_roots": "/adapters"}, "adapter_roots='/adapters' .* a list of strings or None"),
+        ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization='0.9' .* a number or None"),
+        ({"adapter_hub_token": 5}, r"adapter_hub_token='\.\.\.' .* a string or None"),
+        ({"trust_remote_code": True}, "trust_remote_code=True .* False, since code .* never run"),
+        ({"max_lora_rank": 512}, "max_lora_rank=512 .* 1 to 256"),
+        ({"max_loras": "all"}, "max_loras='all' .* 1 or more"),
+    ],
+)
+def test_wrong_options_are_named_before_a_model_is_loaded(options, message):
+    with pytest.raises(ValueError, match=message):
+        LLM("nowhere", **options)
+
+
+def test_options_of_vllm_that_ask_for_what_happens_anyway_are_taken():
+    options = {"enable_lora": True, "max_loras": 4, "max_cpu_loras": 100, "max_lora_rank": 64}
+    config = EngineConfig.from_options(model=Path("some/model"), trust_remote_code=False, **options)
+    assert config == EngineConfig(model="some/model")
+
+
+@pytest.mark.parametrize(
+    "lora_request",
+    [
+        LoRARequest("good", 7, "/adapters/good"),
+        LoRARequest(lora_name="good", lora_int_id=7, lora_path="/adapters/good"),
+        LoRARequest("good", Path("/adapters/good")),
+    ],
+)
+def test_adapters_may_be_named_as_in_vllm(lora_request):
+    assert lora_request == GOOD
+    assert hash(lora_request) == hash(GOOD)
+    assert lora_request.merged_adapters is None

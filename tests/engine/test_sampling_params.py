@@ -55,6 +55,8 @@ def test_forms(given, field, kept):
         ("min_p", -0.1), ("min_p", 1.1),
         ("repetition_penalty", 0), ("repetition_penalty", 101),
         ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
+        ("ignore_eos", 1), ("detokenize", None), ("skip_special_tokens", "no"),
+        ("include_stop_str_in_output", 1),
         ("seed", 2**64), ("seed", -(2**63) - 1), ("seed", 1.0),
         ("stop", [""]), ("stop", ""), ("stop", [3]), ("stop", 3),
         ("stop_token_ids", [-1]), ("stop_token_ids", [1.5]), ("stop_token_ids", "x"),
