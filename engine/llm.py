@@ -125,15 +125,13 @@ class LLM:
         conversations: Sequence[Any] = [messages] if is_one else messages
         lora_requests = _one_for_each("lora_request", lora_request, len(conversations))
         options: dict[str, Any] = dict(chat_template_kwargs or {})
-        if chat_template is not None:
-            options["chat_template"] = chat_template
         if continue_final_message:
             options["continue_final_message"] = True
         if tools is not None:
             options["tools"] = list(tools)
         opens_answer = add_generation_prompt and not continue_final_message
         prompts = [
-            self._conversation_prompt(conversation, lora, opens_answer, options)
+            self._conversation_prompt(conversation, lora, chat_template, opens_answer, options)
             for conversation, lora in zip(conversations, lora_requests, strict=True)
         ]
         return self._complete(
@@ -280,6 +278,7 @@ class LLM:
         self,
         conversation: Any,
         lora_request: LoRARequest | None,
+        chat_template: str | None,
         opens_answer: bool,
         options: dict[str, Any],
     ) -> Prompt | ValueError:
@@ -287,6 +286,8 @@ class LLM:
         try:
             tokenizer = self._tokenizer_of(lora_request)
             assert tokenizer is not None
+            if chat_template is not None:
+                tokenizer = tokenizer.with_chat_template(chat_template)
             messages = check_messages(conversation)
             token_ids = tokenizer.apply_chat_template(messages, opens_answer, **options)
         except ValueError as error:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from loraplex.engine.errors import describe
 from loraplex.engine.sampling_params import SamplingParams
+from loraplex.engine.text.messages import join_text_parts
 from loraplex.entrypoints.http.strict_model import StrictModel
 from loraplex.entrypoints.openai.requests import NEUTRAL_VALUES, GenerationRequest
 from loraplex.entrypoints.openai.tools import NamedToolChoice, ToolCallOfMessage, ToolDefinition
@@ -35,18 +35,6 @@ NEUTRAL_MESSAGE_VALUES: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "refusal": (),
 }
-
-
-def join_text_parts(value: Any) -> Any:
-    """The text of a message whose content comes in parts."""
-    if not isinstance(value, list):
-        return value
-    for part in value:
-        if not (isinstance(part, dict) and part.keys() == {"type", "text"}):
-            raise ValueError(f"the part {describe(part)} is not supported: it must be a text part")
-        if part["type"] != "text" or not isinstance(part["text"], str):
-            raise ValueError(f"the part {describe(part)} is not supported: it must be a text part")
-    return "\n".join(part["text"] for part in value)
 
 
 class ChatMessage(StrictModel):
