@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Counts
+from collections import OrderedDict
 from collections.abc import Iterator
 from operator import itemgetter
 from typing import Any
@@ -53,7 +54,7 @@ COUNTERS = {
 }
 
 
-# Labels with adapters' names are given to so many at most: clients may make up names.
+# Labels with adapters' names are given to so many at most: clients may make names up.
 MOST_ADAPTERS = 1000
 OTHER_ADAPTERS = "(others)"
 # The names that dashboards made for vLLM and LoRAX know the same numbers by.
@@ -150,6 +151,32 @@ class CoreCollector(Collector):
         yield from families.values()
 
 
+class RequestCollector(Collector):
+    """Requests by adapter, for the names that were used last. When a name is forgotten its requests
+    count among the others', so that the sum stays right and no counter goes down."""
+
+    def __init__(self) -> None:
+        # In order of use, the last used at the end.
+        self._counts: OrderedDict[str, int] = OrderedDict()
+        self._others = 0
+
+    def count(self, adapter: str) -> None:
+        """One more; "" is the base model."""
+        self._counts[adapter] = self._counts.pop(adapter, 0) + 1
+        if len(self._counts) > MOST_ADAPTERS:
+            self._others += self._counts.popitem(last=False)[1]
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "loraplex_requests", "Requests by adapter; none is the base model.", labels=["adapter"]
+        )
+        for name, count in self._counts.items():
+            family.add_metric([name], count)
+        if self._others:
+            family.add_metric([OTHER_ADAPTERS], self._others)
+        yield family
+
+
 class AliasCollector(Collector):
     """The numbers of a registry again, by the names that others have for them."""
 
@@ -193,10 +220,8 @@ class ServerMetrics:
         )  # fmt: skip
         self._core = CoreCollector()
         registry.register(self._core)
-        self._requests = Counter(
-            "loraplex_requests", "Requests by adapter; none is the base model.", ["adapter"],
-            registry=registry,
-        )  # fmt: skip
+        self._requests = RequestCollector()
+        registry.register(self._requests)
         self._successes = Counter(
             "loraplex_request_success", "Completions by finish reason.", ["finished_reason"],
             registry=registry,
@@ -242,7 +267,6 @@ class ServerMetrics:
         )  # fmt: skip
         self._aliases = CollectorRegistry()
         self._aliases.register(AliasCollector(registry))
-        self._adapters: set[str] = {""}
         self._end_to_end = Histogram(
             "loraplex_e2e_request_latency_seconds", "From arrival to the last token.",
             buckets=SECONDS, registry=registry,
@@ -250,12 +274,7 @@ class ServerMetrics:
 
     def request_started(self, adapter: str) -> None:
         """A request for this adapter; "" is the base model."""
-        if adapter not in self._adapters:
-            if len(self._adapters) > MOST_ADAPTERS:
-                adapter = OTHER_ADAPTERS
-            else:
-                self._adapters.add(adapter)
-        self._requests.labels(adapter).inc()
+        self._requests.count(adapter)
 
     def request_ended(self, output: RequestOutput | None) -> None:
         """A request ended, finished or because its client left; its last output, if any."""

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
 from loraplex.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from loraplex.entrypoints.http.metrics import ADAPTER_COUNTERS, PAGE_STATES, ServerMetrics
+from loraplex.entrypoints.http import metrics as metrics_module
+from loraplex.entrypoints.http.metrics import (
+    ADAPTER_COUNTERS,
+    OTHER_ADAPTERS,
+    PAGE_STATES,
+    ServerMetrics,
+)
 
 PAGES = {f"pages_{state}": 1 for state in PAGE_STATES}
 
@@ -18,6 +30,29 @@ def test_adapters_are_counted_by_name():
     assert 'loraplex_adapter_misses_by_name_total{adapter="a\\"b"} 1.0' in text
     assert 'loraplex_adapter_failures_by_name_total{adapter="c"} 9.0' in text
     assert "loraplex_host_adapter_bytes 5.0" in text
+
+
+def requests_by_adapter(metrics: ServerMetrics) -> dict[str, float]:
+    families = text_string_to_metric_families(metrics.render(None).decode())
+    samples = next(f.samples for f in families if f.name == "loraplex_requests")
+    return {sample.labels["adapter"]: sample.value for sample in samples}
+
+
+@given(st.lists(st.sampled_from(["", "a", "b", "c", "d", "e"])))
+def test_names_that_were_used_last_are_kept_and_no_request_is_lost(names):
+    """Nor does any count go down, but that of a name which was forgotten."""
+    with patch.object(metrics_module, "MOST_ADAPTERS", 3):
+        metrics, before = ServerMetrics(), {}
+        for number, name in enumerate(names):
+            metrics.request_started(name)
+            counts = requests_by_adapter(metrics)
+            assert sum(counts.values()) == number + 1
+            assert len(counts.keys() - {OTHER_ADAPTERS}) <= 3
+            assert name in counts
+            assert all(counts[n] >= before[n] for n in counts.keys() & before.keys())
+            before = counts
+    last_used = list(dict.fromkeys(reversed(names)))[:3]
+    assert before.keys() - {OTHER_ADAPTERS} == set(last_used)
 
 
 def test_the_phases_before_the_first_token_are_apart():
