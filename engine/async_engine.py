@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
@@ -66,6 +67,7 @@ class AsyncEngine:
         self.tokenizer = tokenizer
         self._core_factory = core_factory
         self._streams: dict[str, _Stream] = {}
+        self._locating: dict[LoRARequest, asyncio.Future[dict[str, Any]]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._error: EngineDeadError | None = EngineDeadError("the engine is not started")
         self._died = asyncio.Event()
@@ -105,21 +107,27 @@ class AsyncEngine:
         service: Service | None = None,
         stream: bool = True,
         timeout: float | None = None,
+        fetch_seconds: float = 0.0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The output so far whenever there is more of it, the last one with `finished`.
 
         A caller that is slow misses states in between, never text. stream=False gives the last one
         only. Closing the iterator, or cancelling its task, ends the request, and so do `timeout`
-        seconds, with a RequestError.
+        seconds, with a RequestError. fetch_seconds: how long tokenizer_of has taken before.
         Raises ValueError for a request that is not allowed, RequestError for one that the engine
         refuses or fails, EngineDeadError.
         """
         await self.check_health()
         request_id = request_id or uuid.uuid4().hex
+        started = time.monotonic()
         tokenizer = await self.tokenizer_of(lora_request)
+        fetch_seconds += time.monotonic() - started
         requests = await self._process_input(
             request_id, prompt, sampling_params, lora_request, service, tokenizer
         )
+        for request in requests:
+            request.fetch_seconds = fetch_seconds
+            request.arrival_time -= fetch_seconds
         outputs = self._open(request_id, prompt_text(prompt), requests, stream, tokenizer)
         timer = None if timeout is None else asyncio.get_running_loop().call_later(
             timeout, outputs.fail,
@@ -142,14 +150,32 @@ class AsyncEngine:
     async def tokenizer_of(self, lora_request: LoRARequest | None) -> Tokenizer | None:
         """The adapter's tokenizer, or the base model's; None where the engine runs without.
 
-        Raises ValueError for an adapter's that can't be read.
+        An adapter from elsewhere is fetched for it; nobody else waits. Raises ValueError for files
+        that can't be read, RequestError for an adapter that can't be had, EngineDeadError.
         """
         if self.tokenizer is None:
             return None
+        if lora_request is not None and not self._tokenizers.is_placed(lora_request):
+            await self._locate(lora_request)
         find = partial(self._tokenizers.find, lora_request)
         if self._tokenizers.is_at_hand(lora_request):
             return find()
         return await asyncio.to_thread(find)
+
+    async def _locate(self, lora_request: LoRARequest) -> None:
+        """Learn where the core has the adapter's files. It is asked once, however many wait."""
+        locating = self._locating.get(lora_request)
+        if locating is None:
+            locating = asyncio.ensure_future(self._manage("locate_adapter", lora_request))
+            self._locating[lora_request] = locating
+
+            def forget(done: asyncio.Future[dict[str, Any]]) -> None:
+                del self._locating[lora_request]
+                done.cancelled() or done.exception()  # All who waited for it may have left.
+
+            locating.add_done_callback(forget)
+        # Who asked first may leave before the others.
+        self._tokenizers.learn(lora_request, **await asyncio.shield(locating))
 
     async def abort(self, request_id: str) -> None:
         """End a request early: its iterator gives what there is, with finish_reason "abort"."""
@@ -183,16 +209,24 @@ class AsyncEngine:
     async def refresh_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
         """Ask an adapter's source for its current version: new requests get that, and those that
         run go on with theirs. `changed` says whether there is a new one."""
-        return await self._manage("refresh_adapter", lora_request)
+        state = await self._manage("refresh_adapter", lora_request)
+        self._forget_place(lora_request)
+        return state
 
     async def unload_adapter(
         self, lora_request: LoRARequest, abort: bool = False, delete_files: bool = False
     ) -> dict[str, Any]:
         """Free all that an adapter takes, when the last of `num_requests` that have it has ended;
         abort: end them now. delete_files: also remove what was downloaded."""
-        return await self._manage(
+        state = await self._manage(
             "unload_adapter", lora_request, abort=abort, delete_files=delete_files
         )
+        self._forget_place(lora_request)
+        return state
+
+    def _forget_place(self, lora_request: LoRARequest) -> None:
+        if self.tokenizer is not None:
+            self._tokenizers.forget(lora_request)
 
     async def _manage(self, method: str, lora_request: LoRARequest, **options: Any) -> Any:
         await self.check_health()

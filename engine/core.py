@@ -224,6 +224,11 @@ class EngineCore:
         never evicted from there. The future may have a ValueError."""
         return self._lifecycle.preload(lora_request, tier, pin)
 
+    def locate_adapter(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
+        """Bring an adapter's files to this machine: in which `directory` they are, and of which
+        `version`. The future may have a ValueError."""
+        return self._lifecycle.locate(lora_request)
+
     def unpin_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
         """Let an adapter be evicted again. Raises RequestError."""
         return self._lifecycle.unpin(lora_request)

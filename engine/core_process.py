@@ -92,8 +92,8 @@ InputMessage = AddRequest | AbortRequests | Call | Shutdown
 OutputMessage = Ready | Outputs | CallResult | CoreFailed
 
 CALLABLE_METHODS = (
-    "stats", "check_integrity", "adapters", "preload_adapter", "unpin_adapter", "refresh_adapter",
-    "unload_adapter",
+    "stats", "check_integrity", "adapters", "locate_adapter", "preload_adapter", "unpin_adapter",
+    "refresh_adapter", "unload_adapter",
 )  # fmt: skip
 
 

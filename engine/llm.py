@@ -124,6 +124,7 @@ class LLM:
         is_one = bool(messages) and isinstance(messages[0], dict)
         conversations: Sequence[Any] = [messages] if is_one else messages
         lora_requests = _one_for_each("lora_request", lora_request, len(conversations))
+        self._locate_all(lora_requests)
         options: dict[str, Any] = dict(chat_template_kwargs or {})
         if continue_final_message:
             options["continue_final_message"] = True
@@ -185,12 +186,15 @@ class LLM:
         """Ask an adapter's source for its current version, which requests get from now on;
         `changed` says whether there is a new one. Raises ValueError if it can't be served."""
         with self._turn:
-            return self._wait_for(self._core.refresh_adapter(lora_request))
+            state = self._wait_for(self._core.refresh_adapter(lora_request))
+            self._forget_place(lora_request)
+            return state
 
     def unload_adapter(self, lora_request: LoRARequest, delete_files: bool = False) -> None:
         """Free all that an adapter takes; delete_files: also remove what was downloaded."""
         with self._turn:
             self._core.unload_adapter(lora_request, delete_files=delete_files)
+            self._forget_place(lora_request)
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. ValueError if skip_tokenizer_init left it out."""
@@ -246,6 +250,7 @@ class LLM:
         lora_requests = _one_for_each("lora_request", lora_request, len(prompts))
         priorities = _one_for_each("priority", priority, len(prompts))
         request_ids = list(itertools.islice(self._request_ids, len(prompts)))
+        self._locate_all(lora_requests)
         outputs: dict[str, RequestOutput] = {}
         requests: list[tuple[str | None, list[EngineRequest]]] = []
         for index, request_id in enumerate(request_ids):
@@ -273,6 +278,25 @@ class LLM:
             if output.error is not None and not return_errors:
                 raise output.error
         return in_order
+
+    def _locate_all(self, lora_requests: Sequence[Any]) -> None:
+        """Have the files of adapters from elsewhere here, as far as they can be had: there may be
+        tokenizers among them. Of those that can't, their requests will tell."""
+        if self._tokenizers is None:
+            return
+        with self._turn:
+            wanted = {lora for lora in lora_requests if isinstance(lora, LoRARequest)}
+            missing = [lora for lora in wanted if not self._tokenizers.is_placed(lora)]
+            located = {lora: self._core.locate_adapter(lora) for lora in missing}
+            for lora, operation in located.items():
+                try:
+                    self._tokenizers.learn(lora, **self._wait_for(operation))
+                except ValueError:
+                    continue
+
+    def _forget_place(self, lora_request: LoRARequest) -> None:
+        if self._tokenizers is not None:
+            self._tokenizers.forget(lora_request)
 
     def _conversation_prompt(
         self,

@@ -104,6 +104,8 @@ class EngineRequest(msgspec.Struct, kw_only=True):
     lora_request: LoRARequest | None = None
     service: Service = msgspec.field(default_factory=Service)
     arrival_time: float = msgspec.field(default_factory=time.monotonic)
+    fetch_seconds: float = 0.0
+    """How long it has waited, since then, for its adapter's files."""
 
 
 class EngineOutput(msgspec.Struct, kw_only=True):

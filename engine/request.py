@@ -144,6 +144,7 @@ class Request:
         self.first_scheduled_time = now = time.monotonic()
         if self.adapter is not None:
             wait = self.adapter_wait = self.adapter_wait or AdapterWait()
+            wait.download += self.wire.fetch_seconds
             waited = self.entered_time, now
             wait.host_load = _overlap(waited, self.adapter.read_interval)
             wait.copy = _overlap(waited, self.adapter.copy_interval)

@@ -24,6 +24,7 @@ from loraplex.engine.errors import RequestError
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.request import Request
 from loraplex.engine.scheduling.fitting import Fitting
+from loraplex.lora.spec import AdapterChanged
 
 Operation = Generator[None, None, dict[str, Any]]
 TIERS = ("host", "pool")
@@ -63,6 +64,11 @@ class AdapterLifecycle:
         """Ask an adapter's source for its current version, which new requests get when it has been
         read; if it can't be, they go on with the old one, as those that run do in any case."""
         return self._start(self._refresh(lora_request))
+
+    def locate(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
+        """Find the directory of an adapter's files, and the version that they are of. The adapter
+        is read into host memory meanwhile: who asks will want it."""
+        return self._start(self._locate(lora_request))
 
     def unpin(self, lora_request: LoRARequest) -> dict[str, Any]:
         """The adapter may be evicted again."""
@@ -168,6 +174,23 @@ class AdapterLifecycle:
             if pinned_tier is not None:
                 yield from self._bring(adapter, pinned_tier, pin=True)
             return self._describe(adapter) | {"changed": True}
+
+    def _locate(self, lora_request: LoRARequest) -> Operation:
+        try:
+            while True:
+                adapter = yield from self._find(lora_request)
+                with self._held(adapter):
+                    located = self._store.locate(adapter.files)
+                    located.add_done_callback(lambda _: self._on_fetched())
+                    self._read_now(adapter)
+                    while not located.done():
+                        yield
+                    if not isinstance(located.exception(), AdapterChanged):
+                        return {"directory": located.result(), "version": adapter.version.hex()}
+                    self._resolver.forget(adapter)
+        except ValueError:
+            self._adapters.tally[lora_request.lora_name].failures += 1
+            raise
 
     def _find(self, lora_request: LoRARequest) -> Generator[None, None, Adapter]:
         told: list[Outcome] = []

@@ -79,6 +79,10 @@ class AdapterStore(Protocol):
         """Begin to bring the current version to this machine; ValueError in the future, if it can't
         be had, or not with this token. refresh: no answer counts that was asked for before."""
 
+    def locate(self, files: Any) -> Future[str]:
+        """The directory of an adapter of one part, which is fetched again where it has gone; it may
+        go again when it has not been used for long. ValueError, in the future, as in `fetch`."""
+
     def num_pages(self, files: Any) -> int | None:
         """Pages of the image once it is in host memory; None while it is being read.
 

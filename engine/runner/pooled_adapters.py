@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -97,6 +98,20 @@ class PooledAdapters:
                 again = self._fetcher.fetch(part.reference, part.token, identity=part.identity)
                 opened.append(again)
         return cast("Future[AdapterFiles]", _gather(opened, files.merge))
+
+    def locate(self, files: FetchedParts) -> Future[str]:
+        located: Future[str] = Future()
+
+        def note(opened: Future[AdapterFiles]) -> None:
+            error = opened.exception()
+            if error is not None:
+                located.set_exception(error)
+                return
+            with closing(cast("FetchedParts", opened.result())) as again:
+                located.set_result(str(again.parts[0].directory))
+
+        self._open(files).add_done_callback(note)
+        return located
 
     def traits(self, version: bytes) -> AdapterTraits:
         return self._store.image(version).traits

@@ -1,5 +1,7 @@
 """Adapters' own chat templates and tokens, where their directories have them.
 
+Where a directory is, the user says, or, of an adapter from elsewhere, the core, which fetched it.
+
 A template costs a text. A tokenizer costs tens of megabytes, so the base model's serves every
 adapter whose file is the same, as training scripts leave it.
 """
@@ -8,46 +10,106 @@ from __future__ import annotations
 
 import filecmp
 import json
+import time
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.text.tokenizer import Tokenizer, load_tokenizer
+from loraplex.lora.sources.reference import AdapterReference, parse_adapter_reference
+from loraplex.lora.spec import AdapterError
 
 TEMPLATE, CONFIG, TOKENIZER = "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"
 MAX_NUM_REMEMBERED = 256
+MAX_NUM_PLACES = 65_536
+# How long it is remembered where the core has an adapter's files: its version may change.
+PLACE_SECONDS = 60.0
 
-Key = tuple[str, tuple[int | None, ...]]
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an adapter's files are, and the key of what was read there."""
+
+    directory: Path
+    key: Hashable
+    valid_until: float
 
 
 class AdapterTokenizers:
     """Finds the tokenizer for a request."""
 
-    def __init__(self, base: Tokenizer, base_path: str) -> None:
+    def __init__(
+        self, base: Tokenizer, base_path: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._base = base
         self._base_path = Path(base_path)
+        self._clock = clock
         # In order of use, the last used at the end. None stands for the base model's.
-        self._found: OrderedDict[Key, Tokenizer | None] = OrderedDict()
+        self._found: OrderedDict[Hashable, Tokenizer | None] = OrderedDict()
+        # Of adapters from elsewhere, by reference and token, as they were learnt.
+        self._places: OrderedDict[tuple[AdapterReference, str | None], _Place] = OrderedDict()
+
+    def is_placed(self, lora_request: LoRARequest | None) -> bool:
+        """Whether it is known where the adapter's files are; if not, `learn` it, and then `find`
+        at once."""
+        reference = _reference(lora_request)
+        if lora_request is None or reference is None or reference.source == "file":
+            return True
+        place = self._places.get((reference, lora_request.token))
+        if place is None or self._clock() >= place.valid_until:
+            return False
+        return place.key in self._found or place.directory.is_dir()
+
+    def learn(self, lora_request: LoRARequest, directory: str, version: str) -> None:
+        """The core has the files of an adapter's version here."""
+        reference = _reference(lora_request)
+        assert reference is not None
+        key = reference, lora_request.token
+        self._places.pop(key, None)
+        self._places[key] = _Place(Path(directory), version, self._clock() + PLACE_SECONDS)
+        if len(self._places) > MAX_NUM_PLACES:
+            self._places.popitem(last=False)
+
+    def forget(self, lora_request: LoRARequest) -> None:
+        """The adapter may have another version now, whatever token reads it."""
+        reference = _reference(lora_request)
+        for key in [key for key in self._places if key[0] == reference]:
+            del self._places[key]
 
     def is_at_hand(self, lora_request: LoRARequest | None) -> bool:
         """Whether `find` need read no file."""
-        key = _key(lora_request)
-        return key is None or key in self._found
+        place = self._place(lora_request)
+        return place is None or place.key in self._found
 
     def find(self, lora_request: LoRARequest | None) -> Tokenizer:
         """The adapter's tokenizer, as its files are now, or the base model's.
 
         Raises ValueError for files that can't be read.
         """
-        key = _key(lora_request)
-        if key is None:
+        place = self._place(lora_request)
+        if place is None:
             return self._base
-        if key not in self._found:
-            self._found[key] = self._load(Path(key[0]))
+        if place.key not in self._found:
+            self._found[place.key] = self._load(place.directory)
             if len(self._found) > MAX_NUM_REMEMBERED:
                 self._found.popitem(last=False)
-        self._found.move_to_end(key)
-        return self._found[key] or self._base
+        self._found.move_to_end(place.key)
+        return self._found[place.key] or self._base
+
+    def _place(self, lora_request: LoRARequest | None) -> _Place | None:
+        """None if there is nothing of its own, as far as is known."""
+        reference = _reference(lora_request)
+        if lora_request is None or reference is None:
+            return None
+        if reference.source != "file":
+            return self._places.get((reference, lora_request.token))
+        directory = Path(reference.location)
+        times = tuple(_modified(directory / name) for name in (TEMPLATE, CONFIG, TOKENIZER))
+        if times == (None, None, None):
+            return None
+        return _Place(directory, (directory, times), 0.0)
 
     def _load(self, directory: Path) -> Tokenizer | None:
         base_file, own_file = self._base_path / TOKENIZER, directory / TOKENIZER
@@ -59,13 +121,14 @@ class AdapterTokenizers:
         return self._base.with_chat_template(template)
 
 
-def _key(lora_request: LoRARequest | None) -> Key | None:
-    """The directory, and when its files changed; None if it has none of its own."""
-    if lora_request is None or not lora_request.lora_path.startswith("/"):
+def _reference(lora_request: LoRARequest | None) -> AdapterReference | None:
+    """Of one adapter; several that are merged have no tokenizer of their own."""
+    if lora_request is None or lora_request.merged_adapters is not None:
         return None
-    directory = Path(lora_request.lora_path)
-    times = tuple(_modified(directory / name) for name in (TEMPLATE, CONFIG, TOKENIZER))
-    return None if times == (None, None, None) else (str(directory), times)
+    try:
+        return parse_adapter_reference(lora_request.lora_path)
+    except AdapterError:
+        return None  # The core will say so.
 
 
 def _modified(path: Path) -> int | None:

@@ -54,6 +54,8 @@ class Visit:
         self._adapters: set[str] = set()
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
+        self.fetch_seconds = 0.0
+        """How long it waited for its adapter's files, to have the tokenizer."""
         self.times: RequestMetrics | None = None
         """Of the first generation that ended."""
         given = headers.get(b"x-request-id", b"").decode("latin-1")

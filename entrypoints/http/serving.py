@@ -5,6 +5,8 @@ Knows no wire format.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -14,12 +16,13 @@ from typing import Any
 from msgspec import structs
 
 from loraplex.engine.async_engine import AsyncEngine, call_for_text
+from loraplex.engine.errors import RequestError
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.messages import Service
 from loraplex.engine.outputs import Logprob, RequestOutput
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.tokenizer import Tokenizer
-from loraplex.entrypoints.http.access_log import current_visit
+from loraplex.entrypoints.http.access_log import Visit, current_visit
 from loraplex.entrypoints.http.errors import ApiError, to_api_error
 from loraplex.entrypoints.http.limits import Limits
 from loraplex.entrypoints.http.metrics import ServerMetrics
@@ -48,9 +51,21 @@ class Serving:
         return self.engine.tokenizer
 
     async def tokenizer_of(self, lora_request: LoRARequest | None) -> Tokenizer:
-        """The adapter's tokenizer, or the base model's. Raises as `tokenizer` does, and ValueError
-        for one that can't be read."""
-        return await self.engine.tokenizer_of(lora_request) or self.tokenizer
+        """The adapter's tokenizer, or the base model's, for which the adapter may have to be
+        fetched. Raises as `tokenizer` and AsyncEngine.tokenizer_of do, and ApiError 403."""
+        visit = _admit(lora_request)
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(self.limits.request_timeout):
+                tokenizer = await self.engine.tokenizer_of(lora_request)
+        except TimeoutError:
+            raise RequestError(
+                f"the adapter was not fetched within {self.limits.request_timeout:g} seconds",
+                status=504,
+            ) from None
+        if visit is not None:
+            visit.fetch_seconds += time.monotonic() - started
+        return tokenizer or self.tokenizer
 
     async def encode(
         self, text: str, add_special_tokens: bool = True, tokenizer: Tokenizer | None = None
@@ -117,11 +132,8 @@ class Serving:
         self.limits.check_batch(1, sampling_params)
         sampling_params = self.limits.apply(sampling_params)
         adapter = "" if lora_request is None else lora_request.lora_name
-        visit = current_visit.get()
+        visit = _admit(lora_request)
         if visit is not None:
-            # Merged ones each.
-            parts = () if lora_request is None else lora_request.parts
-            visit.admit_adapters(part.lora_name for part in parts)
             visit.count_prompt(len(prompt_token_ids))
             if visit.caller is not None:
                 service = structs.replace(service, tenant=visit.caller.key.name)
@@ -134,6 +146,7 @@ class Serving:
             service=service,
             stream=stream,
             timeout=self.limits.request_timeout,
+            fetch_seconds=0.0 if visit is None else visit.fetch_seconds,
         )
         try:
             async with aclosing(outputs):
@@ -149,3 +162,12 @@ class Serving:
             if visit is not None and output is not None:
                 visit.count_output(output)
         self.metrics.request_ended(output)
+
+
+def _admit(lora_request: LoRARequest | None) -> Visit | None:
+    """The visit, to which the adapter is noted. Raises ApiError 403 for a caller's who may not use
+    it, or one of those that are merged to it."""
+    visit = current_visit.get()
+    if visit is not None and lora_request is not None:
+        visit.admit_adapters(part.lora_name for part in lora_request.parts)
+    return visit

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from adapter_stores import PARAMS, PROMPT, generate, tiny_llm
+from tiny_tokenizer import write_tokenizer
 
 from loraplex import LLM, LoRARequest
 from loraplex.benchmarks.faulty_server import FaultyServer
@@ -51,6 +52,38 @@ def test_one_adapter_from_everywhere_is_one_adapter(
             paths = [str(make.directory(1)), "acme/a", "hub:acme/a@v2/deep", "s3://adapters/team/a"]
             base, *outputs = generate(llm, [None, *(LoRARequest("a", path) for path in paths)])
             assert all(output == outputs[0] != base for output in outputs)
+            llm.check_integrity()
+
+
+def test_chat_templates_come_with_adapters(model, make, hub, server, tmp_path, credentials):
+    """From the hub and from S3, before a prompt is made of the messages."""
+    with_tokenizer = shutil.copytree(model, tmp_path / "model")
+    write_tokenizer(with_tokenizer, 255)
+
+    def files(mark: str) -> dict[str, bytes]:
+        template = f"{{{{ messages[0].content }}}}{mark}"
+        return {**make.files(1), "chat_template.jinja": template.encode()}
+
+    repository = hub.add("acme/a", files("!"))
+    with s3_server({"team/a": files("?")}) as s3:
+        options = {"adapter_hub_endpoint": server.url, "adapter_s3_endpoint_url": s3.url}
+        cache = tmp_path / "cache"
+        with tiny_llm(with_tokenizer, cache, skip_tokenizer_init=False, **options) as llm:
+            of_hub, of_s3 = (LoRARequest("a", path) for path in ("acme/a", "s3://adapters/team/a"))
+
+            def prompts(*loras: LoRARequest) -> list[str | None]:
+                chats = [[{"role": "user", "content": "hi"}]] * len(loras)
+                outputs = llm.chat(chats, PARAMS, list(loras), use_tqdm=False)
+                return [output.prompt for output in outputs]
+
+            assert prompts(of_hub, of_s3, of_hub) == ["hi!", "hi?", "hi!"]
+            repository.commit(files("."))
+            assert prompts(of_hub) == ["hi!"], "until it is refreshed"
+            assert llm.refresh_adapter(of_hub)["changed"]
+            assert prompts(of_hub, of_s3) == ["hi.", "hi?"]
+            with pytest.raises(ValueError, match="acme/nothing"):
+                llm.generate("hi", PARAMS, LoRARequest("b", "acme/nothing"), use_tqdm=False)
+            assert llm.stats()["adapters"]["b"]["failures"] >= 1
             llm.check_integrity()
 
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.engine.errors import RequestError
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.memory.eviction import POLICIES
 from loraplex.engine.messages import EngineOutput, EngineRequest, FinishReason, Service
 
@@ -297,3 +298,27 @@ def test_ten_thousand_requests_that_are_cancelled_at_random_leave_the_pool_as_it
         assert stats[name] == idle[name], name
     not_in_use = sum(stats[f"pages_{s}"] for s in ("free", "kv_cached", "adapter_idle"))
     assert not_in_use == stats["pages_total"]
+
+
+def test_what_the_front_waited_for_files_counts_as_download():
+    core = fake_core(40)
+    request = make_request("r", [1, 2, 3], 2, adapter="a")
+    request.fetch_seconds = 5.0
+    core.add_request(request)
+    wait = next(output.adapter_wait for output in run_to_end(core)["r"] if output.adapter_wait)
+    assert 5.0 <= wait.download < 10.0
+
+
+def test_files_are_located_while_requests_run():
+    core = fake_core(40)
+    core._device.adapter_store.holds_fetches = True
+    located = core.locate_adapter(LoRARequest("a", "a:pages=2"))
+    failing = core.locate_adapter(LoRARequest("b", "b:fail"))
+    request = make_request("base", [1, 2, 3], 3)
+    core.add_request(request)
+    outputs = [output for _ in range(6) for output in core.step()]
+    assert tokens_of(outputs) == expected_tokens(request)
+    assert not located.done()
+    core._device.adapter_store.finish_fetches()
+    run_to_end(core)
+    assert located.result()["directory"] == failing.result()["directory"] == "/nowhere"

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fakes import FakeCore, echo
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.messages import EngineOutput, EngineRequest
 
 STEP_SECONDS = float(os.environ.get("FAKE_STEP_SECONDS", "0.001"))
@@ -47,8 +49,27 @@ class ServedCore(FakeCore):
             reply, max_model_len=config.max_model_len or 1024, max_num_seqs=config.max_num_seqs
         )
         self.num_tokens = 0
+        self.locating: list[tuple[float, LoRARequest, Future[dict[str, Any]]]] = []
+
+    def locate_adapter(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
+        """In FAKE_HUB, if the environment has it, by the last part of the path; if that is "slow",
+        after a second."""
+        if "FAKE_HUB" not in os.environ:
+            return super().locate_adapter(lora_request)
+        seconds = float(lora_request.lora_path.endswith("slow"))
+        self.located.append(lora_request.lora_path)
+        self.locating.append((time.monotonic() + seconds, lora_request, Future()))
+        return self.locating[-1][-1]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.locating) or super().has_unfinished_requests()
 
     def step(self) -> list[EngineOutput]:
+        for located in [x for x in self.locating if x[0] <= time.monotonic()]:
+            self.locating.remove(located)
+            name = located[1].lora_path.rpartition("/")[-1]
+            directory = Path(os.environ["FAKE_HUB"]) / name
+            located[2].set_result({"directory": str(directory), "version": name})
         for request in self.requests.values():
             text = bytes(t for t in request.prompt_token_ids if t < 256)
             if b"crash" in text:
@@ -65,6 +86,7 @@ class ServedCore(FakeCore):
         return {
             **super().stats(),
             "num_seen": len(self.seen),
+            "adapter_fetches": len(self.located),
             "num_aborted": len(self.aborted),
             "steps": self.num_steps,
             "output_tokens": self.num_tokens,

@@ -141,6 +141,11 @@ class FakeStore:
         """The path has another version from now on."""
         self.versions[path] += 1
 
+    def locate(self, files: FakeFiles) -> Future[str]:
+        located: Future[str] = Future()
+        located.set_result("/nowhere")
+        return located
+
     def num_pages(self, files: FakeFiles) -> int | None:
         files.close()
         version, path = files.key, files.path

@@ -114,6 +114,7 @@ class FakeCore:
         self.aborted: list[str] = []
         self.loaded: dict[str, dict[str, Any]] = {}
         self.refreshed: list[str] = []
+        self.located: list[str] = []
         self.num_steps = 0
         self.num_waits = 0
         self.is_shut_down = False
@@ -239,6 +240,16 @@ class FakeCore:
             "num_running": 0,
         }
         done.set_result(self.loaded[lora_request.lora_path])
+        return done
+
+    def locate_adapter(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
+        """Done at once, in a directory that has nothing of its own."""
+        done: Future[dict[str, Any]] = Future()
+        self.located.append(lora_request.lora_path)
+        if "missing" in lora_request.lora_path:
+            done.set_exception(RequestError(f"no adapter {lora_request.lora_name!r}", 404))
+        else:
+            done.set_result({"directory": "/nowhere", "version": lora_request.lora_path})
         return done
 
     def unpin_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_tokenizer import write_tokenizer
 from tokenizers import Tokenizer
 
 from loraplex.engine.llm import LLM
-from loraplex.engine.lora_request import LoRARequest
+from loraplex.engine.lora_request import LoRARequest, MergedAdapters
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.adapter_tokenizers import AdapterTokenizers
 from loraplex.engine.text.tokenizer import load_tokenizer
@@ -44,10 +45,44 @@ def test_the_base_model_and_adapters_without_their_own_share_a_tokenizer(
 ):
     write_tokenizer(tmp_path / "same", 200)
     (tmp_path / "none").mkdir()
-    for lora_request in (None, LoRARequest("hub", "some/repository"), adapter(tmp_path / "same"),
-                         adapter(tmp_path / "none")):  # fmt: skip
+    merged = MergedAdapters(
+        adapters=(adapter(tmp_path / "same"), LoRARequest("a", "hub:acme/a")), weights=(1, 1)
+    )
+    for lora_request in (None, adapter(tmp_path / "same"), adapter(tmp_path / "none"),
+                         LoRARequest("merged", merged_adapters=merged)):  # fmt: skip
+        assert tokenizers.is_placed(lora_request)
         assert tokenizers.find(lora_request) is base
         assert tokenizers.is_at_hand(lora_request)
+
+
+def test_files_of_an_adapter_from_elsewhere(base, base_path, tmp_path):
+    """Where they are is learnt, for each token, and for a while."""
+    now = 0.0
+    tokenizers = AdapterTokenizers(base, str(base_path), clock=lambda: now)
+    mine, theirs = (LoRARequest("a", "hub:acme/a", token=token) for token in ("x", "y"))
+    for version in ("1", "2"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "chat_template.jinja").write_text(version)
+    assert not tokenizers.is_placed(mine)
+    tokenizers.learn(mine, str(tmp_path / "1"), "one")
+    assert tokenizers.is_placed(mine) and not tokenizers.is_placed(theirs)
+    assert not tokenizers.is_at_hand(mine)
+    found = tokenizers.find(mine)
+    assert found.chat_template == "1"
+    same = LoRARequest("another name", "acme/a", scale=0.5, token="x")
+    assert tokenizers.is_placed(same) and tokenizers.find(same) is found
+
+    shutil.rmtree(tmp_path / "1")
+    assert tokenizers.is_placed(mine) and tokenizers.find(mine) is found, "it was read"
+    now = 61.0
+    assert not tokenizers.is_placed(mine)
+    tokenizers.learn(mine, str(tmp_path / "2"), "two")
+    assert tokenizers.find(mine).chat_template == "2"
+    tokenizers.forget(theirs)
+    assert not tokenizers.is_placed(mine), "the version may be another for all"
+
+    tokenizers.learn(theirs, str(tmp_path / "gone"), "three")
+    assert not tokenizers.is_placed(theirs), "what is not there any more is asked for again"
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
