@@ -6,7 +6,8 @@ row for each request. Knows no engine.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,21 +36,22 @@ class DecodeBytes:
     ) -> DecodeBytes:
         """modules: the names of those that adapters target; None is all. kv_dtype_bytes: of an
         element of K and V; None is dtype_bytes."""
-        # Imported late: it brings torch.
+        import torch  # late, as what follows, which brings it
+
         from loraplex.engine.models.config import head_dim
-        from loraplex.engine.models.registry import base_model_spec, outline_model
+        from loraplex.engine.models.registry import base_model_spec
 
         spec = base_model_spec(hf_config)
-        places = outline_model(hf_config).named_weights()
+        # Of quantised weights the places have dtypes of their own; others are as in the outline.
         layers = sum(
             place.shape.numel()
-            for name, place in places
-            if name.startswith(f"{spec.layer_path}.") and len(place.shape) > 1
+            * (dtype_bytes if place.dtype == torch.float32 else place.dtype.itemsize)
+            for _, place in _places_in_layers(hf_config)
         )
         head = hf_config.hidden_size * hf_config.vocab_size
         kv_elements = 2 * hf_config.num_key_value_heads * head_dim(hf_config)
         return cls(
-            weights=dtype_bytes * (layers + head),
+            weights=layers + dtype_bytes * head,
             rank=dtype_bytes * rank_elements(spec, modules),
             kv_token=(kv_dtype_bytes or dtype_bytes) * spec.num_layers * kv_elements,
         )
@@ -67,15 +69,11 @@ class DecodeBytes:
 def token_flops(hf_config: Any) -> float:
     """Of a prompt's token: two for each weight of the layers' linears that it meets, which are
     those of some experts where there are many. Attention and the head are left out."""
-    # Imported late: it brings torch.
-    from loraplex.engine.models.registry import base_model_spec, outline_model
-
-    spec = base_model_spec(hf_config)
+    plain_config = copy(hf_config)
+    plain_config.quantization_config = None
     common = experts = 0
     numbers = set()
-    for name, place in outline_model(hf_config).named_weights():
-        if not name.startswith(f"{spec.layer_path}.") or len(place.shape) < 2:
-            continue
+    for name, place in _places_in_layers(plain_config):
         _, is_expert, rest = name.partition(".experts.")
         if is_expert:
             numbers.add(rest.split(".")[0])
@@ -84,6 +82,21 @@ def token_flops(hf_config: Any) -> float:
             common += place.shape.numel()
     met = experts * hf_config.num_experts_per_tok / len(numbers) if numbers else 0
     return 2 * (common + met)
+
+
+def _places_in_layers(hf_config: Any) -> Iterator[tuple[str, Any]]:
+    """The weights of all layers' linears, without memory, as the checkpoint has them."""
+    from loraplex.engine.models.quantization.methods import find_method, quantise
+    from loraplex.engine.models.registry import base_model_spec, outline_model
+
+    model = outline_model(hf_config)
+    method = find_method(None, hf_config, num_shards=1)
+    if method is not None:
+        quantise((linear for _, _, linear in model.linears()), method)
+    prefix = f"{base_model_spec(hf_config).layer_path}."
+    for name, place in model.named_weights():
+        if name.startswith(prefix) and len(place.shape) > 1:
+            yield name, place
 
 
 def offline_seconds(

@@ -105,6 +105,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "dtype": "float32",
     },
 }
+# Checkpoints as these methods write them.
+QUANTISED: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True},
+    "gptq": {"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": False},
+}
+SHAPES |= {
+    f"{name}-{method}": SHAPES[name] | {"quantization_config": config | {"group_size": group_size}}
+    for name, group_size in (("llama-3-8b", 128), ("tiny", 32))
+    for method, config in QUANTISED.items()
+}
 
 
 def write_model(directory: str | Path, shape: str) -> Path:

@@ -84,6 +84,8 @@ def fill_dummy_weights(model: LoadableModel, seed: int, device: torch.device) ->
     for name, place in model.named_weights():
         if place.shape is None:
             raise ValueError("load_format='dummy' is not allowed with this kind of checkpoint")
+        if name.endswith(".g_idx"):
+            continue  # GPTQ's order of inputs, which is the plain one already.
         if not isinstance(place, torch.Tensor):
             # It quantises what it is given.
             weight = torch.empty(place.shape, device=device)

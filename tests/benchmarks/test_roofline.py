@@ -51,6 +51,15 @@ def test_milliseconds_at_3_terabytes_a_second(llama, rank, batch, adapters, mill
     assert num_bytes / 3.0e12 * 1e3 == pytest.approx(milliseconds, abs=0.006)
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_bytes_of_quantised_weights(llama, method):
+    quantised = LlamaConfig(architectures=["LlamaForCausalLM"], **SHAPES[f"llama-3-8b-{method}"])
+    # Half a byte each; for each 128 a scale of two bytes and a zero of half a byte.
+    layers, head = token_flops(llama) / 2, 4096 * 128_256
+    assert DecodeBytes.of_model(quantised, 2).weights == layers * (0.5 + 2.5 / 128) + 2 * head
+    assert token_flops(quantised) == token_flops(llama)
+
+
 def test_flops_of_a_token(llama):
     # q, k, v and o; gate, up and down, in each of 32 layers.
     layer = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336

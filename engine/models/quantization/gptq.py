@@ -78,7 +78,8 @@ class GptqPart:
         self._values = empty(in_features // per_int32, out_features, dtype=torch.int32)
         self._zeros = empty(num_groups, out_features // per_int32, dtype=torch.int32)
         self._scales = empty(num_groups, out_features, dtype=torch.float16)
-        self._groups = empty(in_features, dtype=torch.int32)
+        inputs = torch.arange(in_features, dtype=torch.int32, device=self._like.device)
+        self._groups = inputs // (in_features // num_groups)
         yield "qweight", self._values
         yield "qzeros", self._zeros
         yield "scales", self._scales

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM as Reference
 
 from loraplex.attention.backend import get_backend
 from loraplex.attention.metadata import AttentionMetadata
+from loraplex.benchmarks.synthetic_model import QUANTISED
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.models.config import head_dim, read_model_config, resolve_dtype
 from loraplex.engine.models.registry import base_model_spec, build_model, kv_block_shape
@@ -180,9 +181,12 @@ def test_what_adapters_may_target(one_shard):
     }
 
 
-def test_dummy_weights_need_no_checkpoint(one_shard):
+@pytest.mark.parametrize("method", [None, "awq", "gptq"])
+def test_dummy_weights_need_no_checkpoint(one_shard, method):
     (one_shard / "model.safetensors").unlink()
     hf_config = read_model_config(one_shard)
+    if method is not None:
+        hf_config.quantization_config = QUANTISED[method] | {"group_size": 8}
     model = build_model(
         EngineConfig(load_format="dummy"),
         one_shard,
