@@ -2,9 +2,9 @@
 
 The order of things: log-probabilities are of the raw logits; then logit_bias, forbidden tokens,
 the penalties and the masks of grammars and allowed_token_ids; then, for rows that are not greedy,
-temperature, min_p, top_k, top_p and the inverse of the cumulative distribution at the row's one
-uniform number. Where tokens are ranked, it is by logit and among equals by token id, so that ties
-depend neither on the device nor on the batch.
+temperature, min_p, top_k, top_p and the inverse of the cumulative distribution at the row's uniform
+number (or at another one, for a token that its grammar refused). Where tokens are ranked, it is by
+logit and among equals by token id, so that ties depend neither on the device nor on the batch.
 
 Numbers come back to the host several times in `sample`, for which a GPU has to be waited for:
 `native.sample` chooses by the same definition without, from what `adjust` gives.
@@ -12,7 +12,7 @@ Numbers come back to the host several times in `sample`, for which a GPU has to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,7 @@ import torch
 
 from loraplex.engine.messages import TokenLogprobs
 from loraplex.engine.runner.sampling_state import (
+    AnyGrammar,
     Int32Array,
     LogitAdjustments,
     SamplingBatch,
@@ -72,20 +73,25 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> SamplerOutput:
         token_ids = _choose(logits, batch, rows)
     else:
         token_ids = np.empty(len(logits), np.int64)
+        for part in _chunks(np.arange(len(adjustments.rows)), logits):
+            token_ids[adjustments.rows[part]] = _choose_adjusted(logits, batch, adjustments, part)
         plain = np.delete(rows, adjustments.rows)
         token_ids[plain] = _choose(logits, batch, plain)
-        for adjusted_rows, adjusted in _adjusted_parts(logits, adjustments):
-            token_ids[adjusted_rows] = _choose(
-                adjusted, batch.select(adjusted_rows), np.arange(len(adjusted_rows))
-            )
     return SamplerOutput(token_ids=token_ids, logprobs=_score_sampled(logits, batch, token_ids))
 
 
 def adjust(logits: torch.Tensor, adjustments: LogitAdjustments) -> torch.Tensor:
-    """The logits [R, vocab_size] with a batch's adjustments, in float32. Waits for no device."""
+    """The logits [R, vocab_size] with a batch's adjustments, in float32. Waits for no device: masks
+    are made while it works."""
     all_adjusted = logits.to(torch.float32, copy=True)
-    for rows, adjusted in _adjusted_parts(logits, adjustments):
-        all_adjusted.index_copy_(0, _to(logits, rows), adjusted)
+    for part in _chunks(np.arange(len(adjustments.rows)), logits):
+        rows = adjustments.rows[part]
+        adjusted = _adjust(_take(logits, rows), adjustments, part)
+        all_adjusted.index_copy_(0, _to(logits, rows), adjusted.float())
+    for part in _chunks(np.arange(len(adjustments.masked)), logits):
+        rows = adjustments.rows[adjustments.masked[part]]
+        penalties = _penalties(logits, [adjustments.masks[i] for i in part.tolist()])
+        all_adjusted.index_add_(0, _to(logits, rows), penalties)
     return all_adjusted
 
 
@@ -114,6 +120,52 @@ def _choose(logits: torch.Tensor, batch: SamplingBatch, rows: Int64Array) -> Int
         if is_mine.any():
             token_ids[is_mine] = choose(logits, batch, rows[is_mine])
     return token_ids
+
+
+def _choose_adjusted(
+    logits: torch.Tensor, batch: SamplingBatch, adjustments: LogitAdjustments, part: Int64Array
+) -> Int64Array:
+    """A token for each of a part of the adjusted rows: a range of indices into adjustments.rows.
+
+    Rows with a grammar get one as if they had none, and another by the grammar's mask only if it
+    does not admit that one, since masks take time. The first of the largest logits, if admitted, is
+    the first of the largest that are. A token drawn from all, and drawn again from the admitted,
+    whose mass is m, if it is not, is t with the probability p(t) + (1 - m) p(t) / m = p(t) / m: as
+    if it had been drawn from the admitted at once. That is not so where top_k, top_p or min_p leave
+    tokens out: what they leave depends on the mask.
+    """
+    rows = adjustments.rows[part]
+    adjusted, of_part = _adjust(_take(logits, rows), adjustments, part), batch.select(rows)
+    found = np.flatnonzero((adjustments.masked >= part[0]) & (adjustments.masked <= part[-1]))
+    masked, masks = adjustments.masked[found] - part[0], [adjustments.masks[i] for i in found]
+    is_drawn_again = np.zeros(len(found), np.bool_)
+    needs_mask = _leaves_out(of_part, logits.shape[1])[masked]
+    needs_mask |= np.array([isinstance(mask, np.ndarray) for mask in masks], np.bool_)
+    at_once = np.delete(np.arange(len(rows)), masked[needs_mask])
+    token_ids = np.full(len(rows), -1)
+    token_ids[at_once] = _choose(adjusted, of_part, at_once)
+
+    for i, mask in enumerate(masks):
+        if not (needs_mask[i] or isinstance(mask, np.ndarray)):
+            is_drawn_again[i] = not mask.admits(int(token_ids[masked[i]]))
+    left = np.flatnonzero(needs_mask | is_drawn_again)
+    if len(left):
+        rows = masked[left]
+        penalties = _penalties(logits, [masks[i] for i in left.tolist()])
+        again = of_part.select(rows)
+        again.uniform[:] = np.where(
+            is_drawn_again[left], adjustments.uniform_again[found[left]], again.uniform
+        )
+        token_ids[rows] = _choose(
+            penalties.add_(_take(adjusted, rows)), again, np.arange(len(left))
+        )
+    return token_ids
+
+
+def _leaves_out(batch: SamplingBatch, vocab_size: int) -> npt.NDArray[np.bool_]:
+    """Of each row, whether a bound keeps some of the tokens from being drawn."""
+    has_bound = (batch.top_k < vocab_size) | (batch.top_p < 1) | (batch.min_p > 0)
+    return (batch.temperature > 0) & has_bound
 
 
 def _in_chunks(
@@ -255,18 +307,9 @@ def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     return values, token_ids, is_sure
 
 
-def _adjusted_parts(
-    logits: torch.Tensor, adjustments: LogitAdjustments
-) -> Iterator[tuple[Int64Array, torch.Tensor]]:
-    """The adjusted rows, so many at a time, and their logits [N, vocab_size] with adjustments."""
-    for part in _chunks(np.arange(len(adjustments.rows)), logits):
-        rows = adjustments.rows[part]
-        yield rows, _adjust(_take(logits, rows), adjustments, part)
-
-
 def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: Int64Array) -> torch.Tensor:
-    """Logits, in float32, with bias, forbidden tokens, penalties and masks. They are of a part of
-    the adjusted rows: a range of indices into adjustments.rows."""
+    """Logits with bias, forbidden tokens and penalties, in float32; themselves, if they want none.
+    They are of a part of the adjusted rows: a range of indices into adjustments.rows."""
     first, last = part[0], part[-1]
 
     def locate(tokens: TokensOfRows) -> tuple[torch.Tensor, torch.Tensor, slice]:
@@ -274,14 +317,16 @@ def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: Int64Arra
         rows = _to(logits, tokens.rows[found] - first)
         return rows, _to(logits, tokens.token_ids[found]), found
 
-    adjusted = logits.to(torch.float32, copy=True)
-    rows, token_ids, found = locate(adjustments.biased)
-    adjusted[rows, token_ids] += _to(logits, adjustments.biases[found])
-    rows, token_ids, _ = locate(adjustments.forbidden)
-    adjusted[rows, token_ids] = -torch.inf
-
+    biased_rows, biased_ids, found = locate(adjustments.biased)
+    forbidden_rows, forbidden_ids, _ = locate(adjustments.forbidden)
     prompt_rows, prompt_ids, _ = locate(adjustments.prompt)
+    if not len(biased_rows) + len(forbidden_rows) + len(prompt_rows):
+        return logits  # No prompt is empty: there are no penalties.
     rows, token_ids, _ = locate(adjustments.output)
+
+    adjusted = logits.to(torch.float32, copy=True)
+    adjusted[biased_rows, biased_ids] += _to(logits, adjustments.biases[found])
+    adjusted[forbidden_rows, forbidden_ids] = -torch.inf
     # Where a token is there several times, the same is written several times.
     seen_rows, seen_ids = torch.cat([prompt_rows, rows]), torch.cat([prompt_ids, token_ids])
     seen = adjusted[seen_rows, seen_ids]
@@ -290,19 +335,19 @@ def _adjust(logits: torch.Tensor, adjustments: LogitAdjustments, part: Int64Arra
     adjusted[rows, token_ids] -= _to(logits, adjustments.presence[part])[rows]
     frequency = _to(logits, adjustments.frequency[part])[rows]
     adjusted.index_put_((rows, token_ids), -frequency, accumulate=True)
-    found = slice(*np.searchsorted(adjustments.masked, (first, last + 1)))
-    masks = adjustments.allowed[found]
-    if len(masks):
-        all_masks = np.full((len(part), masks.shape[1]), -1, np.int32)
-        all_masks[adjustments.masked[found] - first] = masks
-        adjusted += _penalties(logits, all_masks)
     return adjusted
 
 
-def _penalties(logits: torch.Tensor, masks: Int32Array) -> torch.Tensor:
-    """0 where masks [N, words of 32 tokens] have a bit, else -inf: float32 [N, vocab_size], where
-    the logits are. A byte at a time: eight tokens for the price of one."""
-    octets = _to(logits, masks.view(np.uint8)).int()
+def _penalties(logits: torch.Tensor, masks: Sequence[AnyGrammar | Int32Array]) -> torch.Tensor:
+    """0 where masks have a bit, else -inf: float32 [N, vocab_size], where the logits are. A byte at
+    a time: eight tokens for the price of one."""
+    words = np.empty((len(masks), -(-logits.shape[1] // 32)), np.int32)
+    for mask, row in zip(masks, words, strict=True):
+        if isinstance(mask, np.ndarray):
+            row[:] = mask
+        else:
+            mask.fill_mask(row)
+    octets = _to(logits, words.view(np.uint8)).int()
     penalties = torch.nn.functional.embedding(octets, _to(logits, OCTET_PENALTIES))
     return penalties.flatten(1)[:, : logits.shape[1]]
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from loraplex.engine.messages import EngineRequest
 from loraplex.engine.runner.bad_words import BadWords
-from loraplex.engine.structured_outputs.grammar import Grammar
+from loraplex.engine.structured_outputs.grammar import AdmittedTokens, Grammar
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -25,10 +25,15 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
+# In a worker process a grammar is what it admits at its place.
+AnyGrammar = Grammar | AdmittedTokens
+
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 EVERYTHING = np.iinfo(np.int32).max
 NO_LOGPROBS = -1
 NO_TOKENS = np.zeros(0, np.int64)
+# Where the second numbers for the positions of an output begin, among a generator's outputs.
+AGAIN = np.int64(1 << 32)
 
 
 @dataclass(slots=True)
@@ -56,7 +61,8 @@ class LogitAdjustments:
     presence: Float32Array  # [A], 0 where there is no penalty
     frequency: Float32Array  # [A], 0 where there is no penalty
     masked: Int64Array  # [M], indices into `rows`, ascending: of grammars and allowed_token_ids
-    allowed: Int32Array  # [M, words of 32 tokens], bit t % 32 of word t // 32 for token t
+    masks: list[AnyGrammar | Int32Array]  # [M], what gives or is a mask: bits, as fill_mask says
+    uniform_again: Float64Array  # [M], in [0, 1): to choose by when a grammar refused a token
     needs_output: bool  # whether they depend on the tokens before, which the host had to know
 
 
@@ -99,7 +105,7 @@ class _SlotAdjustments:
     bad_words: BadWords
     allowed_token_ids: Int64Array  # empty for all
     has_penalties: bool
-    mask: Grammar | Int32Array | None  # those of a grammar, or one of allowed_token_ids
+    mask: AnyGrammar | Int32Array | None  # those of a grammar, or one of allowed_token_ids
 
     @property
     def needs_output(self) -> bool:
@@ -143,7 +149,7 @@ class SamplingState:
         self._adjusted_until = np.zeros(max_num_seqs, np.int64)
         self._adjustments: dict[int, _SlotAdjustments] = {}
 
-    def add(self, slot: int, request: EngineRequest, grammar: Grammar | None = None) -> None:
+    def add(self, slot: int, request: EngineRequest, grammar: AnyGrammar | None = None) -> None:
         """Take in the parameters of a request that begins to run in this slot."""
         params = request.sampling_params
         self._temperature[slot] = 0.0 if params.is_greedy else params.temperature
@@ -231,6 +237,8 @@ class SamplingState:
             forbidden.append(state.forbidden(output))
             prompts.append(token_ids[slot, :num_prompt] if state.has_penalties else NO_TOKENS)
             outputs.append(output if state.has_penalties else NO_TOKENS)
+        masked = np.array([i for i, s in enumerate(states) if s.mask is not None], np.int64)
+        num_output_tokens = num_tokens[slots[masked]] - num_prompt_tokens[slots[masked]]
         return LogitAdjustments(
             rows=rows,
             biased=_flatten([state.biased for state in states]),
@@ -241,20 +249,11 @@ class SamplingState:
             repetition=self._repetition[slots],
             presence=self._presence[slots],
             frequency=self._frequency[slots],
-            masked=np.array([i for i, s in enumerate(states) if s.mask is not None], np.int64),
-            allowed=self._masks([s.mask for s in states if s.mask is not None]),
+            masked=masked,
+            masks=[s.mask for s in states if s.mask is not None],
+            uniform_again=uniform(self._generator[slots[masked]], num_output_tokens + AGAIN),
             needs_output=any(state.needs_output for state in states),
         )
-
-    def _masks(self, sources: list[Grammar | Int32Array]) -> Int32Array:
-        """What each of them admits next."""
-        masks = np.empty((len(sources), self._mask_words), np.int32)
-        for source, mask in zip(sources, masks, strict=True):
-            if isinstance(source, np.ndarray):
-                mask[:] = source
-            else:
-                source.fill_mask(mask)
-        return masks
 
 
 def _mask(token_ids: Sequence[int], num_words: int) -> Int32Array:
@@ -278,7 +277,7 @@ def generator_state(seed: int) -> np.uint64:
     return _mix(np.array([seed % 2**64], np.uint64) + GOLDEN_GAMMA)[0]
 
 
-def uniform(state: UInt64Array, position: Int32Array) -> Float64Array:
+def uniform(state: UInt64Array, position: Int32Array | Int64Array) -> Float64Array:
     """Numbers in [0, 1), 53 random bits each: the outputs number `position`, from 0 on, of the
     generators that start in these states."""
     step = position.astype(np.uint64) + np.uint64(1)

@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,19 @@ NUM_WORKERS = 2
 SOURCE_PLACE = re.compile(r"^\[[\d:]+\] \S+: (Check failed: \(.*?\) is false: )?")
 
 
+@dataclass(frozen=True, slots=True)
+class AdmittedTokens:
+    """What a grammar admits at one place: as much of it as other processes get."""
+
+    mask: npt.NDArray[np.int32]  # as Grammar.fill_mask fills it
+
+    def admits(self, token_id: int) -> bool:
+        return bool(self.mask[token_id // 32] >> token_id % 32 & 1)
+
+    def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
+        mask[:] = self.mask
+
+
 class Grammar:
     """One request's grammar: on its way from the compiler, then followed token by token."""
 
@@ -39,6 +53,13 @@ class Grammar:
         self._compiled = compiled
         self._eos_token_ids = list(eos_token_ids)
         self._matcher: Any = None
+        # Tokens without text, which no grammar admits. xgrammar writes a warning if it is asked.
+        self._textless: frozenset[int] = frozenset()
+
+    def __reduce__(self) -> tuple[type[AdmittedTokens], tuple[npt.NDArray[np.int32]]]:
+        mask = np.empty(self.mask_words, np.int32)
+        self.fill_mask(mask)
+        return AdmittedTokens, (mask,)
 
     def is_ready(self) -> bool:
         """Whether it is compiled. Raises RequestError if it can't be."""
@@ -54,11 +75,21 @@ class Grammar:
             self._matcher = xgrammar.GrammarMatcher(
                 compiled, override_stop_tokens=self._eos_token_ids
             )
+            textless = compiled.tokenizer_info.special_token_ids
+            self._textless = frozenset(textless) - frozenset(self._eos_token_ids)
         return self._matcher is not None
 
     def accept(self, token_id: int) -> bool:
         """Go on with this token; False if the grammar does not admit it."""
         return self._matcher.accept_token(token_id)
+
+    def admits(self, token_id: int) -> bool:
+        """Whether this token may follow. It takes some microseconds, `fill_mask` up to thousands
+        of times as long."""
+        if token_id in self._textless or not self._matcher.accept_token(token_id):
+            return False
+        self._matcher.rollback(1)
+        return True
 
     def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
         """mask [mask_words]: set bit t % 32 of word t // 32 where token t may follow, and clear the

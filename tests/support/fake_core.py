@@ -116,7 +116,7 @@ def make_scheduled_core(config: EngineConfig) -> EngineCore:
         block_size=config.block_size,
         steps_ahead=1,
         num_awaited_pages=0,
-        tokenizer_path="",
+        tokenizer_path=os.environ.get("FAKE_TOKENIZER", ""),
     )
     return PacedCore(config, lambda config, wake: device)
 

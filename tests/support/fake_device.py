@@ -338,8 +338,13 @@ def tokens_of_row(tokens: TokensOfRows, row: int) -> list[int]:
 
 def masked_tokens(adjustments: LogitAdjustments, row: int) -> list[int]:
     """What the row's grammar, if it has one, does not admit."""
-    for masked, mask in zip(adjustments.masked.tolist(), adjustments.allowed, strict=True):
+    for masked, source in zip(adjustments.masked.tolist(), adjustments.masks, strict=True):
         if masked == row:
+            mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+            if isinstance(source, np.ndarray):
+                mask[:] = source
+            else:
+                source.fill_mask(mask)
             bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB_SIZE]
             return np.flatnonzero(bits == 0).tolist()
     return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import threading
 import time
@@ -28,10 +29,10 @@ from loraplex.engine.core import EngineCore
 from loraplex.engine.errors import RequestError
 from loraplex.engine.messages import FinishReason
 from loraplex.engine.runner import sampler
-from loraplex.engine.runner.sampling_state import SamplingState
+from loraplex.engine.runner.sampling_state import SamplingBatch, SamplingState
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.structured_outputs import grammar
-from loraplex.engine.structured_outputs.grammar import GrammarCompiler
+from loraplex.engine.structured_outputs.grammar import AdmittedTokens, GrammarCompiler
 from loraplex.engine.structured_outputs.params import MAX_CHARACTERS, StructuredOutputsParams
 
 WORD = StructuredOutputsParams(regex="[a-z]{3}-[0-9]{2}")
@@ -269,16 +270,17 @@ def test_compiled_grammars_are_remembered_up_to_a_size(tokenizer_path, monkeypat
     compiler.close()
 
 
-class OneMask:
-    """A grammar that admits the tokens it is given."""
+def admitting(token_ids: list[int], vocab_size: int) -> AdmittedTokens:
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[token_ids] = 1
+    return AdmittedTokens(np.packbits(bits, bitorder="little").view(np.int32))
 
-    def __init__(self, allowed: list[int], vocab_size: int) -> None:
-        self.allowed, self.mask_words = allowed, -(-vocab_size // 32)
 
-    def fill_mask(self, mask) -> None:
-        bits = np.zeros(32 * self.mask_words, np.uint8)
-        bits[self.allowed] = 1
-        mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
+def batch_of(state: SamplingState, num_rows: int) -> SamplingBatch:
+    """Of these rows of a state for 16 or more requests, at their first tokens."""
+    zeros = np.zeros(max(16, num_rows), np.int32)
+    token_ids = np.zeros((len(zeros), 8), np.int32)
+    return state.gather(np.arange(num_rows), zeros[:num_rows], token_ids, zeros, zeros)
 
 
 @pytest.mark.parametrize("vocab_size", [64, 1000])
@@ -291,12 +293,9 @@ def test_only_masked_rows_are_masked(vocab_size, monkeypatch):
     best = logits.float().argmax(-1).tolist()
     for row in range(12):
         request = make_request(str(row), [1], 9, logit_bias={2: 1.0} if row % 4 == 1 else {})
-        masked = OneMask([7, vocab_size - 1], vocab_size) if row % 3 == 0 else None
-        state.add(row, request, masked)
-    zeros = np.zeros(16, np.int32)
-    batch = state.gather(
-        np.arange(12), np.zeros(12, np.int32), np.zeros((16, 8), np.int32), zeros, zeros
-    )
+        admitted = admitting([7, vocab_size - 1], vocab_size) if row % 3 == 0 else None
+        state.add(row, request, admitted)
+    batch = batch_of(state, 12)
     assert batch.needs_output
     token_ids = sampler.sample(logits, batch).token_ids.tolist()
     for row, token_id in enumerate(token_ids):
@@ -304,6 +303,86 @@ def test_only_masked_rows_are_masked(vocab_size, monkeypatch):
             assert token_id == max([7, vocab_size - 1], key=lambda t: logits[row, t])
         elif row % 4 != 1:
             assert token_id == best[row]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 2},
+        {"top_p": 0.7},
+        {"min_p": 0.3},
+        {"logit_bias": {6: 2.0}},
+    ],
+    ids=str,
+)
+def test_tokens_are_as_frequent_as_they_are_likely_among_the_admitted(params):
+    """By definition: the mask first, and then what the parameters leave of it."""
+    num_draws, admitted = 20_000, np.array([1, 3, 4, 6])
+    logits = np.array([2.0, 1.0, 1.8, 0.2, -0.5, 0.9, 0.4, 1.5])
+    state = SamplingState(num_draws, 8)
+    for row in range(num_draws):
+        request = make_request(str(row), [1], 9, **{"temperature": 1.0, **params})
+        request.seed = row
+        state.add(row, request, admitting(admitted.tolist(), 8))
+    for token_id, bias in params.get("logit_bias", {}).items():
+        logits[token_id] += bias
+    probs = np.exp(logits[admitted] / params.get("temperature", 1.0))
+    probs = np.sort(probs / probs.sum())[::-1]
+    probs[params.get("top_k", 4) :] = 0
+    probs[np.cumsum(probs) - probs >= params.get("top_p", 2.0)] = 0
+    probs[probs < params.get("min_p", 0.0) * probs[0]] = 0
+    expected = np.zeros(8)
+    expected[admitted[np.argsort(-logits[admitted])]] = num_draws * probs / probs.sum()
+    rows = torch.tensor([2.0, 1.0, 1.8, 0.2, -0.5, 0.9, 0.4, 1.5]).expand(num_draws, -1)
+    token_ids = sampler.sample(rows.contiguous(), batch_of(state, num_draws)).token_ids
+    counts = np.bincount(token_ids, minlength=8)
+    possible = expected > 0
+    assert (counts[~possible] == 0).all()
+    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_square < 22, "exceeded once in 10 000 times with 3 degrees of freedom"
+
+
+def test_no_mask_is_made_for_a_token_that_is_admitted(monkeypatch):
+    filled = []
+    fill_mask = AdmittedTokens.fill_mask
+    monkeypatch.setattr(
+        AdmittedTokens,
+        "fill_mask",
+        lambda self, mask: (filled.append(self), fill_mask(self, mask))[1],
+    )
+    state = SamplingState(16, 8)
+    grammars = [admitting([5], 8), admitting([3, 4], 8), admitting(list(range(8)), 8)]
+    for row, admitted in enumerate(grammars):
+        state.add(row, make_request(str(row), [1], 9), admitted)
+    logits = torch.arange(8.0).roll(-2).expand(3, -1).contiguous()
+    token_ids = sampler.sample(logits, batch_of(state, 3)).token_ids
+    assert token_ids.tolist() == [5, 4, 5]
+    assert filled == [grammars[1]]
+
+
+def test_what_is_admitted_is_what_the_mask_has(tokenizer_path, capfd):
+    """Token by token, for special ones too, and asking changes nothing."""
+    compiler = GrammarCompiler(str(tokenizer_path), VOCAB_SIZE, lambda: None)
+    schema = {
+        "type": "object",
+        "properties": {"k": {"type": "string", "maxLength": 3}, "n": {"type": "integer"}},
+        "required": ["k", "n"],
+    }
+    followed = compiler.start(StructuredOutputsParams(json=schema), [EOS_TOKEN_ID])
+    followed._compiled.result()
+    assert followed.is_ready()
+    mask = np.zeros(followed.mask_words, np.int32)
+    for token_id in [*b'{"k": "ab", "n": -10}', EOS_TOKEN_ID]:
+        followed.fill_mask(mask)
+        elsewhere = pickle.loads(pickle.dumps(followed))
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB_SIZE]
+        for asked in (followed, elsewhere):
+            assert [asked.admits(t) for t in range(VOCAB_SIZE)] == bits.tolist()
+        assert followed.accept(token_id)
+    assert capfd.readouterr().err == ""
+    compiler.close()
 
 
 @pytest.mark.parametrize(
