@@ -247,6 +247,7 @@ def adapter_size(
     model: str, engine_options: dict[str, Any], rank: int, modules: Sequence[str] | None
 ) -> tuple[int, int]:
     """Pages that an adapter of this rank takes, and the bytes of a page; modules: None is all."""
+    from loraplex.benchmarks.synthetic_adapters import places_of
     from loraplex.engine.models.config import read_model_config, resolve_dtype
     from loraplex.engine.models.locate import locate_model
     from loraplex.engine.models.registry import lora_spec
@@ -257,12 +258,7 @@ def adapter_size(
         model, None, config.dtype, config.block_size, config.kv_cache_dtype
     )
     itemsize = resolve_dtype(config.dtype, read_model_config(locate_model(model))).itemsize
-    ranks = {
-        (layer, module_id): rank
-        for layer in range(spec.num_layers)
-        for module_id, module in enumerate(spec.modules)
-        if modules is None or module.name in modules
-    }
+    ranks = dict.fromkeys(places_of(spec, modules), rank)
     return image_num_pages(ranks, spec, page_bytes, itemsize), page_bytes
 
 

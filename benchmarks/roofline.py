@@ -123,11 +123,10 @@ def offline_seconds(
 
 def rank_elements(spec: BaseModelSpec, modules: Collection[str] | None = None) -> int:
     """Elements of A and B, in all layers, for each rank of an adapter; modules: None is all."""
-    return spec.num_layers * sum(
-        module.in_features + module.out_features
-        for module in spec.modules
-        if modules is None or module.name in modules
-    )
+    from loraplex.benchmarks.synthetic_adapters import places_of  # late: it brings torch
+
+    targeted = [spec.modules[module_id] for _, module_id in places_of(spec, modules)]
+    return sum(module.in_features + module.out_features for module in targeted)
 
 
 def adapter_counts(batch: int, wanted: Iterable[int | str]) -> list[int]:

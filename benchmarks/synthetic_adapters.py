@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,17 @@ def llama_spec(
     return BaseModelSpec("LlamaForCausalLM", num_layers, tuple(modules))
 
 
+def places_of(
+    spec: BaseModelSpec, modules: Collection[str] | None = None
+) -> Iterator[tuple[int, int]]:
+    """(layer, module id) of the modules of these names; None: of all but those of experts."""
+    for layer in range(spec.num_layers):
+        for module_id, module in enumerate(spec.modules):
+            is_chosen = module.num_experts == 1 and (modules is None or module.name in modules)
+            if is_chosen and (module.layers is None or layer in module.layers):
+                yield layer, module_id
+
+
 def adapter_tensors(
     spec: BaseModelSpec,
     rank: int,
@@ -49,20 +60,19 @@ def adapter_tensors(
     """Tensors under PEFT's names, scaled so that B A x is about as large as x."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer in range(spec.num_layers) if layers is None else layers:
-        for module_id, module in enumerate(spec.modules):
-            if modules is not None and module.name not in modules:
-                continue
-            name = spec.module_path(layer, module_id)
-            own_rank = rank
-            for pattern, value in reversed(dict(rank_pattern or {}).items()):
-                if re.match(rf"(.*\.)?({pattern})$", name):
-                    own_rank = value
-            a = torch.randn(own_rank, module.in_features, generator=generator)
-            b = torch.randn(module.out_features, own_rank, generator=generator)
-            prefix = f"base_model.model.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = (a * module.in_features**-0.5).to(dtype)
-            tensors[f"{prefix}.lora_B.weight"] = (b * own_rank**-0.5).to(dtype)
+    for layer, module_id in places_of(spec, modules):
+        if layers is not None and layer not in layers:
+            continue
+        name, module = spec.module_path(layer, module_id), spec.modules[module_id]
+        own_rank = rank
+        for pattern, value in reversed(dict(rank_pattern or {}).items()):
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                own_rank = value
+        a = torch.randn(own_rank, module.in_features, generator=generator)
+        b = torch.randn(module.out_features, own_rank, generator=generator)
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = (a * module.in_features**-0.5).to(dtype)
+        tensors[f"{prefix}.lora_B.weight"] = (b * own_rank**-0.5).to(dtype)
     return tensors
 
 

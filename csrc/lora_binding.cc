@@ -39,9 +39,13 @@ struct LoraCall {
     memory.has_type(kUint8).has_shape({kAny, kAny}).is_contiguous();
     params.pool = memory.data<uint8_t>();
     params.page_bytes = pool.size(1);
-    indptr.has_type(kInt32).has_shape({kAny}).is_contiguous();
-    LORAPLEX_REQUIRE(segment_indptr.size(0) >= 1) << function << ": segment_indptr is empty";
-    batch.num_segments = segment_indptr.size(0) - 1;
+    const bool has_experts = segment_indptr.ndim() == 2;
+    indptr.has_type(kInt32).is_contiguous();
+    if (!has_experts) indptr.has_shape({kAny});
+    batch.num_experts = has_experts ? segment_indptr.size(0) : 1;
+    batch.num_segments = segment_indptr.size(has_experts ? 1 : 0) - 1;
+    LORAPLEX_REQUIRE(batch.num_experts > 0 && batch.num_segments >= 0)
+        << function << ": segment_indptr is empty";
     tables.has_type(kInt32).has_shape({batch.num_segments, kAny}).has_dense_rows();
     batch.segment_indptr = indptr.data<int32_t>();
     batch.page_tables = tables.data<int32_t>();

@@ -36,6 +36,8 @@ class Part:
     """Of the module's outputs."""
     target: slice
     """Of the outputs of the base model's module."""
+    expert: int | None = None
+    """The one that it is for; None: all, or there are none."""
 
 
 def locate(modules: Sequence[TargetedModule], spec: BaseModelSpec) -> list[Part]:
@@ -44,9 +46,10 @@ def locate(modules: Sequence[TargetedModule], spec: BaseModelSpec) -> list[Part]
     names = {module.name: module for module in modules}
     ids = {module.path: index for index, module in enumerate(spec.modules)}
     parts = [part for module in modules for part in _locate(module, names, ids, spec)]
-    in_order = sorted(parts, key=lambda part: (part.place, part.target.start))
+    in_order = sorted(parts, key=_order)
     for part, following in pairwise(in_order):
-        if part.place == following.place and following.target.start < part.target.stop:
+        are_same = part.place == following.place and part.expert in (None, following.expert)
+        if are_same and following.target.start < part.target.stop:
             raise AdapterError(
                 f"tensor {following.module.tensor_a!r} is for outputs that "
                 f"{part.module.tensor_a!r} is for, too"
@@ -62,10 +65,7 @@ def place_weights(
 ) -> AdapterWeights:
     """The tensors, by name, of the parts' modules, put where they belong."""
     weights = AdapterWeights({}, {}, dtype)
-    by_place: dict[Place, list[Part]] = {}
-    for part in parts:
-        by_place.setdefault(part.place, []).append(part)
-    for place, here in by_place.items():
+    for place, here in group_by_place(parts).items():
         first, out_features = here[0], spec.modules[place[1]].out_features
         if first.target == slice(0, out_features):  # and so it is the only one
             weights.a[place] = tensors(first.module.tensor_a)
@@ -88,6 +88,18 @@ def place_weights(
     return weights
 
 
+def _order(part: Part) -> tuple[Place, int, int]:
+    """That of all experts comes before those of each."""
+    return part.place, -1 if part.expert is None else part.expert, part.target.start
+
+
+def group_by_place(parts: Sequence[Part]) -> dict[Place, list[Part]]:
+    by_place: dict[Place, list[Part]] = {}
+    for part in parts:
+        by_place.setdefault(part.place, []).append(part)
+    return by_place
+
+
 def _locate(
     module: TargetedModule,
     all_modules: Mapping[str, TargetedModule],
@@ -97,8 +109,13 @@ def _locate(
     for kind in ("replacement", "tokens", "base"):
         if kind in module.tensors:
             raise not_served(module.tensors[kind])
-    match = re.fullmatch(rf"{re.escape(spec.layer_path)}\.(\d{{1,6}})\.(.+)", module.name)
-    outputs = match and _find_outputs(match[2], module, all_modules, ids, spec)
+    name = _current_name(module.name, spec)
+    match = re.fullmatch(rf"{re.escape(spec.layer_path)}\.(\d{{1,6}})\.(.+)", name)
+    expert, path = (None, "") if match is None else _split_expert(match[2])
+    reason = spec.refused_parts.get(path.rpartition(".")[0])
+    if reason is not None:
+        raise AdapterError(f"tensor {module.tensor_a!r} is not allowed: {reason}")
+    outputs = match and _find_outputs(path, module, all_modules, ids, spec)
     if match is None or not outputs:
         raise AdapterError(
             f"tensor {module.tensor_a!r} is for a module that adapters of this {spec.architecture} "
@@ -112,13 +129,45 @@ def _locate(
             f"tensor {module.tensor_a!r} is for layer {match[1]}: the base model has "
             f"{spec.num_layers} layers, 0 to {spec.num_layers - 1}"
         )
-    _check_shapes(module, [(spec.modules[i], target) for i, target in outputs])
+    bases = [spec.modules[i] for i, _ in outputs]
+    for base in bases:
+        if base.layers is not None and layer not in base.layers:
+            raise AdapterError(
+                f"tensor {module.tensor_a!r} is for layer {layer}, which has no {base.path} in the "
+                "base model"
+            )
+    num_experts = bases[0].num_experts
+    if expert is not None and expert >= num_experts:
+        raise AdapterError(
+            f"tensor {module.tensor_a!r} is for expert {expert}: the base model has {num_experts}, "
+            f"0 to {num_experts - 1}"
+        )
+    if num_experts > 1 and module.vectors:
+        raise AdapterError(
+            f"tensor {next(iter(module.vectors.values()))!r} is not allowed: magnitudes and biases "
+            "of experts are not served"
+        )
+    _check_shapes(module, [(spec.modules[i], target) for i, target in outputs], expert)
     parts, row = [], 0
     for module_id, target in outputs:
         rows = slice(row, row + target.stop - target.start)
-        parts.append(Part(module, (layer, module_id), rows, target))
+        parts.append(Part(module, (layer, module_id), rows, target, expert))
         row = rows.stop
     return parts
+
+
+def _current_name(name: str, spec: BaseModelSpec) -> str:
+    """What the base model calls a module of an older checkpoint's."""
+    name += "."
+    for old, new in spec.renamed_parts.items():
+        name = name.replace(old, new)
+    return name.removesuffix(".")
+
+
+def _split_expert(path: str) -> tuple[int | None, str]:
+    """ "mlp.experts.3.up_proj" -> (3, "mlp.experts.up_proj"); of others there is no expert."""
+    match = re.fullmatch(r"(.+\.experts)\.(\d{1,6})\.(.+)", path)
+    return (None, path) if match is None else (int(match[2]), f"{match[1]}.{match[3]}")
 
 
 def _find_outputs(
@@ -161,12 +210,16 @@ def _widths_of_parts(names: Sequence[str], known: Mapping[str, int], total: int)
     return [total - 2 * kv_width, kv_width, kv_width]
 
 
-def _check_shapes(module: TargetedModule, outputs: Sequence[tuple[LoRAModule, slice]]) -> None:
+def _check_shapes(
+    module: TargetedModule, outputs: Sequence[tuple[LoRAModule, slice]], expert: int | None
+) -> None:
     in_features = outputs[0][0].in_features
     out_features = sum(target.stop - target.start for _, target in outputs)
+    found = module.rank * module.num_experts
+    size = module.rank * (outputs[0][0].num_experts if expert is None else 1)
     for tensor_name, shape, expected in (
-        (module.tensor_a, [module.rank, module.in_features], [module.rank, in_features]),
-        (module.tensor_b, [module.out_features, module.rank], [out_features, module.rank]),
+        (module.tensor_a, [found, module.in_features], [size, in_features]),
+        (module.tensor_b, [module.out_features, found], [out_features, size]),
     ):
         if shape != expected:
             names = " and ".join(base.name for base, _ in outputs)

@@ -5,7 +5,8 @@ t // tiles_per_page of the image, at byte (t % tiles_per_page) * tile_bytes: a t
 page, and what is left at a page's end stays unused. The first tiles hold the header, int32
 [num_layers, num_modules, 4] = (a_tile, b_tile, rank, vector_tile); rank 0: the module has no
 adapter. A [rank, in_features] and B transposed [rank, out_features] are each rows of tiles from
-their first tile on, zero padded. vector_tile 0: that is all of it. Else two vectors of float32
+their first tile on, zero padded; where a module is that of several experts, all their A follow one
+another, and all their B. vector_tile 0: that is all of it. Else two vectors of float32
 [out_features] begin there, its gain and its offset (lora/vectors.py), each in whole tiles, zero
 padded. Layers follow one another, as the forward pass goes. Behind them may lie matrices for the
 embedding and the head, where the adapter's traits say: A and B as above, or one in place of the
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -50,8 +51,8 @@ class EndWeights:
 class AdapterWeights:
     """An adapter's matrices by place, float32, float16 or bfloat16."""
 
-    a: dict[Place, torch.Tensor]  # [rank, in_features]
-    b: dict[Place, torch.Tensor]  # [out_features, rank]
+    a: dict[Place, torch.Tensor]  # [rank, in_features], of experts [num_experts, ...]
+    b: dict[Place, torch.Tensor]  # [out_features, rank], of experts [num_experts, ...]
     dtype: torch.dtype
     """Of the image: the model's."""
     scalings: dict[Place, float] = field(default_factory=dict)
@@ -67,7 +68,7 @@ class AdapterWeights:
 
     @property
     def ranks(self) -> dict[Place, int]:
-        return {place: a.shape[0] for place, a in self.a.items()}
+        return {place: a.shape[-2] for place, a in self.a.items()}
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ def layout_image(
     for layer, module_id in sorted(ranks):
         module, rank = spec.modules[module_id], ranks[layer, module_id]
         a_tile = num_tiles
-        b_tile = a_tile + _num_tiles(rank, module.in_features)
-        num_tiles = b_tile + _num_tiles(rank, module.out_features)
+        b_tile = a_tile + module.num_experts * _num_tiles(rank, module.in_features)
+        num_tiles = b_tile + module.num_experts * _num_tiles(rank, module.out_features)
         header[layer, module_id, :3] = a_tile, b_tile, rank
         if (layer, module_id) in with_vectors:
             header[layer, module_id, 3] = num_tiles
@@ -225,9 +226,17 @@ class _Matrix(NamedTuple):
 def _matrices_of_layers(weights: AdapterWeights, layout: ImageLayout) -> Iterator[_Matrix]:
     for place in sorted(weights.a):
         a_tile, b_tile = layout.header[place][:2].tolist()
-        yield _Matrix(place, weights.a[place], a_tile)
         scaling = weights.scalings.get(place, 1.0)
-        yield _Matrix(place, weights.b[place], b_tile, True, scaling)
+        for a in _of_each_expert(weights.a[place]):
+            yield _Matrix(place, a, a_tile)
+            a_tile += _num_tiles(*a.shape)
+        for b in _of_each_expert(weights.b[place]):
+            yield _Matrix(place, b, b_tile, True, scaling)
+            b_tile += _num_tiles(*b.T.shape)
+
+
+def _of_each_expert(matrices: torch.Tensor) -> Sequence[torch.Tensor]:
+    return [matrices] if matrices.dim() == 2 else matrices.unbind()
 
 
 def _mask(places: Collection[Place]) -> int:
@@ -277,10 +286,10 @@ def unpack_image(image: AdapterImage, spec: BaseModelSpec) -> AdapterWeights:
     for layer, module_id in np.argwhere(header[..., 2]).tolist():
         a_tile, b_tile, rank, vector_tile = header[layer, module_id].tolist()
         module = spec.modules[module_id]
-        a = _from_tiles(tiles[a_tile:], rank, module.in_features)
-        b = _from_tiles(tiles[b_tile:], rank, module.out_features)
+        a = _from_tiles(tiles[a_tile:], module.num_experts, rank, module.in_features)
+        b = _from_tiles(tiles[b_tile:], module.num_experts, rank, module.out_features)
         weights.a[layer, module_id] = torch.from_numpy(a).view(image.dtype)
-        weights.b[layer, module_id] = torch.from_numpy(b.T.copy()).view(image.dtype)
+        weights.b[layer, module_id] = torch.from_numpy(b.swapaxes(-1, -2).copy()).view(image.dtype)
         if vector_tile:
             num_tiles = num_vector_tiles(module.out_features, tiles[0].nbytes)
             vectors = tiles[vector_tile : vector_tile + 2 * num_tiles].copy().view(np.float32)
@@ -298,11 +307,15 @@ def _tile_slots(
     return used.view(f"i{dtype.itemsize}").reshape(shape)
 
 
-def _from_tiles(tiles: npt.NDArray[Any], rank: int, columns: int) -> npt.NDArray[Any]:
-    """The matrix [rank, columns] whose tiles are the first of these."""
+def _from_tiles(
+    tiles: npt.NDArray[Any], num_experts: int, rank: int, columns: int
+) -> npt.NDArray[Any]:
+    """The matrix [rank, columns] whose tiles are the first of these; of several experts theirs,
+    [num_experts, rank, columns]."""
     rank_tiles, column_tiles = -(-rank // TILE_RANKS), -(-columns // TILE_COLUMNS)
-    blocks = tiles[: rank_tiles * column_tiles].reshape(
-        rank_tiles, column_tiles, TILE_RANKS, TILE_COLUMNS
+    blocks = tiles[: num_experts * rank_tiles * column_tiles].reshape(
+        num_experts, rank_tiles, column_tiles, TILE_RANKS, TILE_COLUMNS
     )
-    matrix = blocks.swapaxes(1, 2).reshape(rank_tiles * TILE_RANKS, -1)
-    return matrix[:rank, :columns].copy()
+    matrices = blocks.swapaxes(2, 3).reshape(num_experts, rank_tiles * TILE_RANKS, -1)
+    matrices = matrices[:, :rank, :columns].copy()
+    return matrices[0] if num_experts == 1 else matrices

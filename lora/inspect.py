@@ -36,7 +36,8 @@ class AdapterReport:
     @property
     def num_parameters(self) -> int:
         return sum(
-            m.rank * (m.in_features + m.out_features) + len(m.vectors) * m.out_features
+            m.num_experts * m.rank * (m.in_features + m.out_features)
+            + len(m.vectors) * m.out_features
             if m.rank > 0
             else m.in_features * m.out_features
             for m in self.modules

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from loraplex import native
 from loraplex.lora import ops
+from loraplex.lora.experts import Routing, expert_segments
 from loraplex.lora.plan import NUM_PARTIALS, PARTIAL_SUMS
 
 Tensor = torch.Tensor
@@ -19,8 +20,8 @@ Tensor = torch.Tensor
 class LoRABatch(Protocol):
     """The adapters of a step: which rows are whose, and how to multiply by them."""
 
-    def add(self, y: Tensor, x: Tensor, linear: LinearWithLoRA) -> None:
-        """y += B A x, in place, for rows with an adapter."""
+    def add(self, y: Tensor, x: Tensor, linear: WithLoRA, routing: Routing | None = None) -> None:
+        """y += B A x, in place, for rows with an adapter. routing: if the linear is of experts."""
         ...
 
 
@@ -34,10 +35,17 @@ class CpuLoRABatch:
     num_modules: int
     """Modules per layer that an adapter may target, as in the images' headers."""
     shrunk: Tensor  # float32 [num_tokens, most modules of a linear, max_rank], scratch
+    module_mask: int
+    """Bit m is set if any of the adapters targets module m."""
 
-    def add(self, y: Tensor, x: Tensor, linear: LinearWithLoRA) -> None:
-        shrunk = self.shrunk[:, : len(linear.modules)]
-        adapters = self.pool, self.segment_indptr, self.page_tables
+    def add(self, y: Tensor, x: Tensor, linear: WithLoRA, routing: Routing | None = None) -> None:
+        if not linear.module_mask & self.module_mask:
+            return
+        segment_indptr, shrunk = self.segment_indptr, self.shrunk[:, : len(linear.modules)]
+        if routing is not None:
+            segment_indptr = expert_segments(segment_indptr, routing)
+            shrunk = shrunk.new_empty(len(x), *shrunk.shape[1:])
+        adapters = self.pool, segment_indptr, self.page_tables
         ops.shrink(shrunk, x, *adapters, linear.layer, linear.modules, self.num_modules)
         ops.expand(
             y, shrunk, *adapters, linear.layer, linear.modules, self.num_modules, linear.offsets
@@ -73,7 +81,8 @@ class CudaLoRABatch:
     module_mask: int
     """Bit m is set if any of the adapters targets module m."""
 
-    def add(self, y: Tensor, x: Tensor, linear: LinearWithLoRA) -> None:
+    def add(self, y: Tensor, x: Tensor, linear: WithLoRA, routing: Routing | None = None) -> None:
+        assert routing is None, "no adapter with experts is let in"
         if not linear.module_mask & self.module_mask:
             return
         num_tokens, group_size = x.shape[0], len(linear.modules)
@@ -100,24 +109,53 @@ class BaseLinear(Protocol):
     def __call__(self, x: Tensor, batch: BatchWithLoRA | None) -> Tensor: ...
 
 
-class LinearWithLoRA:
-    """y = base(x), and += B A x for rows with an adapter.
+class BaseExperts(Protocol):
+    """A linear of each expert."""
 
-    The base may fuse several modules (q, k, v); `modules` are their ids in the adapter images and
+    def __call__(self, x: Tensor, batch: BatchWithLoRA | None, routing: Any) -> Tensor: ...
+
+
+class WithLoRA:
+    """Where a linear's adapters are.
+
+    It may fuse several modules (q, k, v); `modules` are their ids in the adapter images and
     `out_features` their widths in the output.
     """
 
-    def __init__(
-        self, base: BaseLinear, layer: int, modules: Sequence[int], out_features: Sequence[int]
-    ) -> None:
-        self.base = base
+    def __init__(self, layer: int, modules: Sequence[int], out_features: Sequence[int]) -> None:
         self.layer = layer
         self.modules = list(modules)
         self.module_mask = sum(1 << module for module in modules)
         self.offsets = [0, *accumulate(out_features)]
 
+
+class LinearWithLoRA(WithLoRA):
+    """y = base(x), and += B A x for rows with an adapter."""
+
+    def __init__(
+        self, base: BaseLinear, layer: int, modules: Sequence[int], out_features: Sequence[int]
+    ) -> None:
+        super().__init__(layer, modules, out_features)
+        self.base = base
+
     def __call__(self, x: Tensor, batch: BatchWithLoRA) -> Tensor:
         y = self.base(x, batch)
         if batch.lora is not None:
             batch.lora.add(y, x, self)
+        return y
+
+
+class ExpertsWithLoRA(WithLoRA):
+    """The same for a linear of each expert, of which every row takes one."""
+
+    def __init__(
+        self, base: BaseExperts, layer: int, modules: Sequence[int], out_features: Sequence[int]
+    ) -> None:
+        super().__init__(layer, modules, out_features)
+        self.base = base
+
+    def __call__(self, x: Tensor, batch: BatchWithLoRA, routing: Routing) -> Tensor:
+        y = self.base(x, batch, routing)
+        if batch.lora is not None:
+            batch.lora.add(y, x, self, routing)
         return y

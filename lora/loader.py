@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from loraplex.lora.ends import place_ends
+from loraplex.lora.experts import place_experts, split_parts
 from loraplex.lora.fusion import locate, place_weights
 from loraplex.lora.image import AdapterImage, AdapterWeights, pack_image
 from loraplex.lora.merge import merge_adapters
@@ -47,7 +48,9 @@ def read_adapter(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterW
         end_names = [end.path for end in (spec.embedding, spec.head) if end is not None]
         parts = locate([m for m in modules if m.name not in end_names], spec)
         tensors = read_tensors(directory / WEIGHTS_FILE)
-    weights = place_weights(parts, tensors, spec, dtype)
+    plain, of_experts = split_parts(parts, spec)
+    weights = place_weights(plain, tensors, spec, dtype)
+    place_experts(weights, of_experts, tensors, spec)
     for part in parts:
         if len(part.module.tensors) > 2:  # more than A and B
             add_vectors(weights, part, tensors, spec)

@@ -85,7 +85,8 @@ def merge_adapters(
             b_matrices = [_to_float32(adapters[i].b[place]) for i in here]
             if strategy == "cat":
                 scaled = [np.float32(f) * a for f, a in zip(factors, a_matrices, strict=True)]
-                a, b = np.concatenate(scaled), np.concatenate(b_matrices, axis=1)
+                a = np.concatenate(scaled, axis=-2)
+                b = np.concatenate(b_matrices, axis=-1)
             else:
                 roots = [math.sqrt(abs(factor)) for factor in factors]
                 signed_roots = list(map(math.copysign, roots, factors))
@@ -160,7 +161,7 @@ def _combine(
     merge: Merge,
     generator: np.random.Generator,
 ) -> Matrix:
-    """The merged matrix of matrices [rows, columns], one for each factor."""
+    """The merged matrix of matrices, [rows, columns] or of all experts, one for each factor."""
     stack = np.stack(matrices)
     if merge.density < 1:
         for matrix in stack:
@@ -170,7 +171,7 @@ def _combine(
             elif strategy in ("dare_linear", "dare_ties"):
                 matrix *= generator.random(matrix.shape, np.float32) < np.float32(merge.density)
                 matrix /= np.float32(merge.density)
-    weighted = stack * np.array(factors, np.float32)[:, None, None]
+    weighted = stack * np.array(factors, np.float32).reshape(-1, *[1] * (stack.ndim - 1))
     if strategy not in ("ties", "dare_ties"):
         return weighted.sum(axis=0)
     signs = np.sign(stack)

@@ -5,7 +5,10 @@ model come last. The arguments that all ops share:
 
     pool            uint8 [num_pages, page_bytes], where the adapters' images are (lora/image.py)
     segment_indptr  int32 [num_segments + 1]; segment s is rows segment_indptr[s] to
-                    segment_indptr[s + 1], and rows from segment_indptr[-1] on have no adapter
+                    segment_indptr[s + 1], and rows from segment_indptr[-1] on have no adapter.
+                    Or, of modules of experts, [num_experts, num_segments + 1]: rows are sorted by
+                    expert, and there by segment; those between an expert's last segment and the
+                    next expert's first have no adapter
     page_tables     int32 [num_segments, max_pages], the pages of each segment's adapter
     layer           the layer's index
     modules         ids of the modules of a group, which share an input and lie side by side in the
@@ -38,12 +41,12 @@ def shrink(
 ) -> None:
     """v = A x for each row's adapter.
 
-    v float32 [at least segment_indptr[-1], len(modules), max_rank], x [num_tokens, in_features] of
-    the pool's dtype (bfloat16 or float32). Entries of v past an adapter's rank, and of modules that
-    it does not target, may hold anything.
+    v float32 [at least the rows with an adapter, len(modules), max_rank], x [num_tokens,
+    in_features] of the pool's dtype (bfloat16 or float32). Entries of v past an adapter's rank, and
+    of modules that it does not target, may hold anything.
 
     Semantics, for each row t with an adapter, and each module m of the group:
-        v[t, m, :rank] = A[m] @ x[t], summed in float32
+        v[t, m, :rank] = A[m, expert of t] @ x[t], summed in float32
     """
     native.lora_shrink(v, x, pool, segment_indptr, page_tables, layer, modules, num_modules)
 
@@ -65,7 +68,8 @@ def expand(
     m of the group adds to columns offsets[m] to offsets[m + 1] of y.
 
     Semantics, for each row t with an adapter, and each module m of the group that it targets:
-        y[t, offsets[m] : offsets[m + 1]] += B[m] @ v[t, m, :rank], in float32, rounded once
+        y[t, offsets[m] : offsets[m + 1]] += B[m, expert of t] @ v[t, m, :rank], in float32,
+        rounded once
     """
     native.lora_expand(
         y, v, pool, segment_indptr, page_tables, layer, modules, num_modules, offsets

@@ -96,6 +96,8 @@ class PeftConfig:
     target_modules: str | frozenset[str] | None
     target_weights: frozenset[str]
     """Modules whose weight is targeted as a parameter: what PEFT does to routers of experts."""
+    target_parameters: frozenset[str]
+    """Other parameters, as in "mlp.experts.down_proj": the weights of all experts in one."""
     exclude_modules: str | frozenset[str] | None
     layers_to_transform: frozenset[int] | None
     rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
@@ -119,11 +121,23 @@ class PeftConfig:
                 return token_ids
         return ()
 
+    def parameters_of(self, module_name: str) -> list[str]:
+        """The names of a module's own parameters that are targeted, in the order in which modules
+        have them."""
+        names = {
+            parameter.rpartition(".")[2]
+            for parameter in self.target_parameters
+            if f".{module_name}.{parameter.rpartition('.')[2]}".endswith(f".{parameter}")
+        }
+        return sorted(names, key=lambda name: (name.startswith("down"), name))
+
     def targets(self, module_name: str) -> bool:
         """Whether the configuration has an adapter on this module."""
         if self.exclude_modules and _matches(self.exclude_modules, module_name):
             return False
-        if self.target_modules is None or _matches(self.target_weights, module_name):
+        if self.target_modules is None or _matches(
+            self.target_weights | self.target_parameters, module_name
+        ):
             return True
         if not _matches(self.target_modules, module_name):
             return False
@@ -188,6 +202,7 @@ def parse_peft_config(values: Mapping[str, Any]) -> PeftConfig:
     target_modules = _read_modules(values, "target_modules")
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         target_modules = None
+    parameters = _read_target_parameters(values)
     base_model = values.get("base_model_name_or_path")
     return PeftConfig(
         base_model=base_model if isinstance(base_model, str) else None,
@@ -200,7 +215,12 @@ def parse_peft_config(values: Mapping[str, Any]) -> PeftConfig:
         trained_token_ids=_read_trained_tokens(values),
         invocation_token_ids=_read_token_ids(values, "alora_invocation_tokens"),
         target_modules=target_modules,
-        target_weights=_read_target_weights(values),
+        target_weights=frozenset(
+            parameter.removesuffix(".weight")
+            for parameter in parameters
+            if parameter.endswith(".weight")
+        ),
+        target_parameters=frozenset(p for p in parameters if not p.endswith(".weight")),
         exclude_modules=_read_modules(values, "exclude_modules"),
         layers_to_transform=_read_layers(values),
         rank_pattern=_read_pattern(values, "rank_pattern", _check_rank),
@@ -290,20 +310,12 @@ def _read_modules(values: Mapping[str, Any], name: str) -> str | frozenset[str] 
     return frozenset(modules)
 
 
-def _read_target_weights(values: Mapping[str, Any]) -> frozenset[str]:
+def _read_target_parameters(values: Mapping[str, Any]) -> list[str]:
     name = "target_parameters"
     parameters = values.get(name) or []
-    is_allowed = isinstance(parameters, list) and all(
-        isinstance(parameter, str) and parameter.endswith(".weight") for parameter in parameters
-    )
-    _check(
-        name,
-        parameters,
-        is_allowed,
-        'a list of names that end in ".weight", as "gate.weight"; LoRA on the weights of experts '
-        "is not served",
-    )
-    return frozenset(parameter.removesuffix(".weight") for parameter in parameters)
+    is_list = isinstance(parameters, list) and all(isinstance(p, str) for p in parameters)
+    _check(name, parameters, is_list, "a list of names of parameters")
+    return list(parameters)
 
 
 def _read_layers(values: Mapping[str, Any]) -> frozenset[int] | None:

@@ -55,6 +55,8 @@ class TargetedModule:
     tensors: Mapping[str, str]
     """Names of its tensors by kind: "A" and "B", "replacement" or "tokens", and what else there
     is."""
+    num_experts: int = 1
+    """More: A and B are those of all experts; see lora/experts.py."""
 
     @property
     def tensor_a(self) -> str:
@@ -142,6 +144,7 @@ def read_targeted_modules(file: Any, config: PeftConfig) -> list[TargetedModule]
             raise AdapterError(f"tensors {other!r} and {name!r} are for the same: one is allowed")
     if not modules:
         raise AdapterError(f"{WEIGHTS_FILE} holds no tensor")
+    modules = dict(_name_parameters(modules, config))
     for tensors in modules.values():
         for kind, name in tensors.items():
             if config.invocation_token_ids and kind not in "AB":
@@ -150,6 +153,33 @@ def read_targeted_modules(file: Any, config: PeftConfig) -> list[TargetedModule]
                     "on what comes before the invocation, too"
                 )
     return [_check_module(name, tensors, config, layouts) for name, tensors in modules.items()]
+
+
+def _name_parameters(
+    modules: Mapping[str, dict[str, str]], config: PeftConfig
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The modules; where it is parameters of experts that are targeted, by the names of those.
+
+    PEFT wraps the experts once for each, in their order, and what tensors are called only tells
+    how deep they are."""
+    for name, tensors in modules.items():
+        experts, *wrapped = name.split(".base_layer")
+        if not _is_all_experts(experts):
+            yield name, tensors
+            continue
+        parameters = config.parameters_of(experts)
+        if any(wrapped) or len(wrapped) >= len(parameters):
+            raise AdapterError(
+                f"tensor {next(iter(tensors.values()))!r} is for a parameter that "
+                f"target_parameters of {CONFIG_FILE} does not target: of {experts} it has "
+                + (", ".join(parameters) or "none")
+            )
+        yield f"{experts}.{parameters[-1 - len(wrapped)]}", tensors
+
+
+def _is_all_experts(module_name: str) -> bool:
+    """Whether it is what transformers' models with experts in one parameter have them in."""
+    return module_name.endswith(".experts")
 
 
 def _check_module(
@@ -181,8 +211,11 @@ def _check_module(
     rank = config.rank_of(name)
     file_dtype, shape = layouts[sides["A"]]
     in_features, out_features = shape[-1:], layouts[sides["B"]][1][:1]
-    _check_tensor(sides["A"], layouts, [rank, *in_features], "[{}, in_features]", rank)
-    _check_tensor(sides["B"], layouts, [*out_features, rank], "[out_features, {}]", rank)
+    is_all_experts = _is_all_experts(name.rpartition(".")[0])
+    num_experts = max(shape[0] // rank, 1) if is_all_experts and shape else 1
+    size, symbol = rank * num_experts, "num_experts * {}" if is_all_experts else "{}"
+    _check_tensor(sides["A"], layouts, [size, *in_features], f"[{symbol}, in_features]", rank)
+    _check_tensor(sides["B"], layouts, [*out_features, size], f"[out_features, {symbol}]", rank)
     vectors = {kind: tensors[kind] for kind in VECTOR_KINDS if kind in tensors}
     for kind, setting, is_on in (
         ("magnitude", "use_dora", config.use_dora),
@@ -202,7 +235,9 @@ def _check_module(
     if "base" in tensors:
         _check_tensor(tensors["base"], layouts, layouts[tensors["base"]][1], "", rank)
     scaling = config.scaling_of(name)
-    return TargetedModule(name, rank, in_features[0], out_features[0], scaling, file_dtype, tensors)
+    return TargetedModule(
+        name, rank, in_features[0], out_features[0], scaling, file_dtype, tensors, num_experts
+    )
 
 
 def _check_replacement(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class AdapterChanged(AdapterError):
 
 @dataclass(frozen=True)
 class LoRAModule:
-    """A linear that every layer of the base model has, and that adapters may target."""
+    """A linear that layers of the base model have, and that adapters may target."""
 
     name: str
     """As in "q_proj"."""
@@ -35,6 +35,10 @@ class LoRAModule:
     """Inside the layer, as in "self_attn.q_proj"."""
     in_features: int
     out_features: int
+    num_experts: int = 1
+    """More: it is as many linears, and each row goes to those of the experts that it is for."""
+    layers: frozenset[int] | None = None
+    """Those that have it; None: all."""
 
 
 class BaseLinears(Protocol):
@@ -123,8 +127,22 @@ class BaseModelSpec:
     shard: BaseModelSpec | None = None
     """What each process has of it; None: there is one, which has all."""
     num_shards: int = 1
+    renamed_parts: Mapping[str, str] = field(default_factory=dict)
+    """Parts of modules' names in adapters of older checkpoints, from dot to dot, and what they are
+    now."""
+    refused_parts: Mapping[str, str] = field(default_factory=dict)
+    """By the path of a part of a layer, as in "mlp.experts", why adapters can't target it here."""
     linears: BaseLinears | None = field(default=None, compare=False, repr=False)
     """None: only what fits is known, so that adapters that need them can't be loaded."""
+
+    def without_experts(self, reason: str) -> BaseModelSpec:
+        """The same where adapters can't target the linears of experts, and why."""
+        experts = [module.path for module in self.modules if module.num_experts > 1]
+        return replace(
+            self,
+            modules=tuple(module for module in self.modules if module.num_experts == 1),
+            refused_parts=dict.fromkeys((path.rpartition(".")[0] for path in experts), reason),
+        )
 
     @property
     def num_modules(self) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loraplex.lora.experts import Routing
 from loraplex.lora.fusion import Part
 from loraplex.lora.image import (
     HEADER_FIELDS,
@@ -27,7 +28,7 @@ from loraplex.lora.image import (
     AdapterWeights,
     num_vector_tiles,
 )
-from loraplex.lora.layers import LinearWithLoRA, LoRABatch
+from loraplex.lora.layers import LoRABatch, WithLoRA
 from loraplex.lora.spec import AdapterError, AdapterTraits, BaseModelSpec
 
 Tensor = torch.Tensor
@@ -118,12 +119,12 @@ class VectorBatch:
         self._places: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._first_tiles = header.view(torch.int32).view(-1, *shape)[..., 3].long()
 
-    def add(self, y: Tensor, x: Tensor, linear: LinearWithLoRA) -> None:
+    def add(self, y: Tensor, x: Tensor, linear: WithLoRA, routing: Routing | None = None) -> None:
         for index, module in enumerate(linear.modules):
             if self._mask >> module & 1:
                 columns = y[:, linear.offsets[index] : linear.offsets[index + 1]]
                 self._scale_and_shift(columns, linear.layer, module)
-        self._plain.add(y, x, linear)
+        self._plain.add(y, x, linear, routing)
 
     def _scale_and_shift(self, y: Tensor, layer: int, module: int) -> None:
         """y [num_tokens, out_features], in place, of one module."""

@@ -77,12 +77,13 @@ void add_items(std::vector<LoraItem>& items, const LoraBatch& batch, LoraItem it
 
 std::string check_bounds(const LoraParams& p, const LoraBatch& batch) {
   const int32_t* indptr = batch.segment_indptr;
+  const int64_t last = batch.num_experts * (batch.num_segments + 1) - 1;
   bool is_sorted = indptr[0] == 0;
-  for (int64_t i = 0; i < batch.num_segments; ++i) is_sorted &= indptr[i] <= indptr[i + 1];
+  for (int64_t i = 0; i < last; ++i) is_sorted &= indptr[i] <= indptr[i + 1];
   if (!is_sorted) return "segment_indptr must begin with 0 and not decrease";
-  if (indptr[batch.num_segments] > batch.num_tokens) {
-    return "segment_indptr ends with " + std::to_string(indptr[batch.num_segments]) +
-           ", more than the " + std::to_string(batch.num_tokens) + " rows";
+  if (indptr[last] > batch.num_tokens) {
+    return "segment_indptr ends with " + std::to_string(indptr[last]) + ", more than the " +
+           std::to_string(batch.num_tokens) + " rows";
   }
   if ((batch.layer + 1) * batch.num_modules * 16 > p.page_bytes) {
     return "layer " + std::to_string(batch.layer) +
@@ -100,18 +101,21 @@ std::string plan_lora(std::vector<LoraItem>& items, LoraParams& p, const LoraBat
   if (!error.empty()) return error;
   const int64_t itemsize = p.dtype == DType::kBFloat16 ? 2 : 4;
   const int64_t tiles_per_page = p.page_bytes / (kTileRanks * kTileColumns * itemsize);
+  const int64_t num_runs = batch.num_experts * (batch.num_segments + 1);
   int64_t bytes = 0, products = 0;
-  for (int64_t segment = 0; segment < batch.num_segments; ++segment) {
-    const int32_t row_begin = batch.segment_indptr[segment];
-    const int32_t row_end = batch.segment_indptr[segment + 1];
-    if (row_begin == row_end) continue;
+  for (int64_t run = 0; run + 1 < num_runs; ++run) {
+    const int64_t expert = run / (batch.num_segments + 1), segment = run % (batch.num_segments + 1);
+    const int32_t row_begin = batch.segment_indptr[run], row_end = batch.segment_indptr[run + 1];
+    // What follows an expert's last segment has no adapter.
+    if (segment == batch.num_segments || row_begin == row_end) continue;
     const Adapter adapter{p, batch, segment};
     if (!adapter.has_page(0)) return adapter.complain("lacks page 0 in page_tables");
     for (int32_t i = 0; i < batch.group_size; ++i) {
       const int32_t* entry = adapter.entry(batch.modules[i]);
       const int64_t width = batch.widths[batch.is_expand ? i : 0];
+      const int64_t tiles = int64_t{ceil_div(entry[2], kTileRanks)} * ceil_div(width, kTileColumns);
       const LoraItem item{adapter.page_table(),
-                          entry[batch.is_expand ? 1 : 0],
+                          static_cast<int32_t>(entry[batch.is_expand ? 1 : 0] + expert * tiles),
                           entry[2],
                           static_cast<int32_t>(width),
                           i,
@@ -119,8 +123,6 @@ std::string plan_lora(std::vector<LoraItem>& items, LoraParams& p, const LoraBat
                           row_end,
                           0,
                           0};
-      const int64_t tiles =
-          int64_t{ceil_div(item.rank, kTileRanks)} * ceil_div(width, kTileColumns);
       const std::string fault = adapter.check(item, tiles, tiles_per_page);
       if (!fault.empty()) return fault;
       if (item.rank == 0) continue;

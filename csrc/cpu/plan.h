@@ -20,8 +20,9 @@ std::string plan_attention(AttentionPlan& plan, AttentionParams& p, int64_t num_
                            int64_t num_tokens, int64_t max_blocks, int64_t num_pages);
 
 struct LoraBatch {
+  // [num_experts, num_segments + 1]: rows of an expert and a segment follow one another.
   const int32_t* segment_indptr;
-  int64_t num_segments;
+  int64_t num_experts, num_segments;
   const int32_t* page_tables;
   int64_t max_pages, page_table_stride;
   int64_t num_pages, num_tokens, max_rank;

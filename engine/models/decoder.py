@@ -48,6 +48,8 @@ class Decoder(Module):
     IGNORED_PREFIXES: ClassVar[tuple[str, ...]] = ()
     # What tensors' names begin with in older checkpoints, and in newer ones.
     OTHER_PREFIXES: ClassVar[Mapping[str, str]] = {}
+    # Likewise for what is amid them, from dot to dot.
+    OTHER_PARTS: ClassVar[Mapping[str, str]] = {}
     supports_graphs: ClassVar[bool] = True
     # The values that are honoured, for fields of the config where not all are.
     SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -211,6 +213,8 @@ class Decoder(Module):
         for old, new in self.OTHER_PREFIXES.items():
             if name.startswith(old):
                 return new + name.removeprefix(old)
+        for old, new in self.OTHER_PARTS.items():
+            name = name.replace(old, new)
         return name
 
     def is_ignored(self, name: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.engine.models.blocks import ForwardBatch, Heads
-from loraplex.engine.models.layers import Linear
+from loraplex.engine.models.layers import ExpertLinears, Linear
 from loraplex.engine.models.weights import DenseWeight
 
 Tensor = torch.Tensor
@@ -66,6 +66,7 @@ class TransformersDecoder:
     """A model of transformers, to the engine like a Decoder."""
 
     supports_graphs = False
+    OTHER_PARTS: Mapping[str, str] = {}
 
     def __init__(self, model: Any, calls: list[_AttentionCall], names: list[str]) -> None:
         """calls and names: of each layer's attention, in order."""
@@ -152,6 +153,10 @@ class _TransformersLayer:
         """Owner, attribute name and value of every linear."""
         for owner in self._linears:
             yield owner, "linear", owner.linear
+
+    def expert_linears(self) -> Iterator[tuple[object, str, ExpertLinears]]:
+        """The same of those of experts: none."""
+        return iter(())
 
 
 class _ServedLinear(nn.Module):

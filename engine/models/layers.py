@@ -8,7 +8,8 @@ attention; `batch` is passed through for those who wrap a linear.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from loraplex.engine.models import ops
 from loraplex.engine.models.weights import DenseWeight, NamedPlaces, Weight
 
 Tensor = torch.Tensor
+ModuleKind = TypeVar("ModuleKind", bound="Module")
 
 
 class Module:
@@ -32,11 +34,18 @@ class Module:
 
     def linears(self) -> Iterator[tuple[Module, str, Linear]]:
         """Owner, attribute name and value of every linear within."""
+        return self._find(Linear)
+
+    def expert_linears(self) -> Iterator[tuple[Module, str, ExpertLinears]]:
+        """The same of the linears of experts."""
+        return self._find(ExpertLinears)
+
+    def _find(self, kind: type[ModuleKind]) -> Iterator[tuple[Module, str, ModuleKind]]:
         for name, part in self.parts():
-            if isinstance(part, Linear):
+            if isinstance(part, kind):
                 yield self, name, part
             else:
-                yield from part.linears()
+                yield from part._find(kind)
 
     def named_weights(self) -> NamedPlaces:
         """Name of every checkpoint tensor, and where it goes. Called once: it allocates them."""
@@ -95,6 +104,53 @@ class Linear(Module):
 
     def finish_loading(self) -> None:
         self.weight.pack()
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Rows that are sorted by expert; each is of a row of the batch."""
+
+    ends: Tensor  # int32 [num_experts], where the rows of each expert end
+    tokens: Tensor  # int64 [num_rows], the batch's rows, ascending within an expert
+
+
+class ExpertLinears(Module):
+    """y = x W^T with a W of each expert, which is one or several checkpoint tensors, one above the
+    other."""
+
+    def __init__(
+        self,
+        prefix: str,
+        name: str,
+        num_experts: int,
+        in_features: int,
+        out_features: dict[str, int],
+        like: Tensor,
+    ) -> None:
+        """name: of all together, to adapters; out_features: rows by the last name of each
+        checkpoint tensor of an expert; like: has the dtype and device to use."""
+        self.prefix = prefix
+        self.num_experts = num_experts
+        self.in_features = in_features
+        self.out_features = {name: sum(out_features.values())}
+        self._parts = out_features
+        self._weight = like
+
+    def __call__(self, x: Tensor, batch: Any, routing: Routing) -> Tensor:
+        """x [num_rows, in_features], sorted by expert -> [num_rows, total out_features]."""
+        return ops.grouped_linear(x, self._weight, routing.ends)
+
+    def paths(self, prefix: str) -> dict[str, str]:
+        """As of a Linear."""
+        return {name: f"{self.prefix}{name}".removeprefix(prefix) for name in self.out_features}
+
+    def named_weights(self) -> NamedPlaces:
+        (height,) = self.out_features.values()
+        self._weight = self._weight.new_empty(self.num_experts, height, self.in_features)
+        for expert, weight in enumerate(self._weight):
+            parts = weight.split(list(self._parts.values()))
+            for name, part in zip(self._parts, parts, strict=True):
+                yield f"{self.prefix}{expert}.{name}.weight", part
 
 
 class RMSNorm(Module):

@@ -11,9 +11,8 @@ import torch
 
 from loraplex.engine.models import ops
 from loraplex.engine.models.blocks import FeedForward, ForwardBatch
-from loraplex.engine.models.layers import Linear, Module
+from loraplex.engine.models.layers import ExpertLinears, Linear, Module, Routing
 from loraplex.engine.models.llama import LlamaForCausalLM, Qwen3ForCausalLM
-from loraplex.engine.models.weights import NamedPlaces
 
 Tensor = torch.Tensor
 
@@ -23,25 +22,15 @@ class Experts(Module):
 
     def __init__(self, prefix: str, num_experts: int, hidden: int, size: int, like: Tensor) -> None:
         """size: of what is between up and down; like: has the dtype and device to use."""
-        self.prefix = prefix
-        self._sizes = num_experts, hidden, size
-        self._like = like
-
-    def named_weights(self) -> NamedPlaces:
-        num_experts, hidden, size = self._sizes
-        self.gate_up = self._like.new_empty(num_experts, 2 * size, hidden)
-        self.down = self._like.new_empty(num_experts, hidden, size)
-        for expert in range(num_experts):
-            yield f"{self.prefix}{expert}.gate_proj.weight", self.gate_up[expert, :size]
-            yield f"{self.prefix}{expert}.up_proj.weight", self.gate_up[expert, size:]
-            yield f"{self.prefix}{expert}.down_proj.weight", self.down[expert]
-
-    def __call__(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x [num_rows, hidden], sorted by expert; ends int32 [num_experts], where the rows of each
-        end; the result is like x."""
-        return ops.grouped_linear(
-            ops.silu_and_mul(ops.grouped_linear(x, self.gate_up, ends)), self.down, ends
+        widths = {"gate_proj": size, "up_proj": size}
+        self.gate_up = ExpertLinears(prefix, "gate_up_proj", num_experts, hidden, widths, like)
+        self.down = ExpertLinears(
+            prefix, "down_proj", num_experts, size, {"down_proj": hidden}, like
         )
+
+    def __call__(self, x: Tensor, batch: ForwardBatch, routing: Routing) -> Tensor:
+        """x [num_rows, hidden], sorted by expert; the result is like x."""
+        return self.down(ops.silu_and_mul(self.gate_up(x, batch, routing)), batch, routing)
 
 
 class SparseMLP(FeedForward):
@@ -64,7 +53,8 @@ class SparseMLP(FeedForward):
         order = chosen.flatten().argsort(stable=True)
         every = torch.arange(scores.shape[1], device=x.device)
         ends = (chosen.flatten() == every[:, None]).sum(1).cumsum(0).int()
-        y = self.experts(x[order // self.num_per_token], ends)
+        tokens = order // self.num_per_token
+        y = self.experts(x[tokens], batch, Routing(ends, tokens))
         # Back in the order of tokens, so that sums are the same each time.
         y = y[order.argsort()].view(*chosen.shape, -1)
         return (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
@@ -91,11 +81,6 @@ class MixtralForCausalLM(LlamaForCausalLM):
 
     def make_mlp(self, index: int, prefix: str) -> FeedForward:
         return _make_mlp(self, prefix, self.config.num_local_experts, self.config.intermediate_size)
-
-    def current_name(self, name: str) -> str:
-        for old, new in self.OTHER_PARTS.items():
-            name = name.replace(old, new)
-        return name
 
 
 class Qwen3MoeForCausalLM(Qwen3ForCausalLM):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +20,7 @@ from loraplex.engine.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM, G
 from loraplex.engine.models.gpt2 import GPT2LMHeadModel
 from loraplex.engine.models.gpt_neox import GPTNeoXForCausalLM
 from loraplex.engine.models.granite import GraniteForCausalLM
-from loraplex.engine.models.layers import Linear
+from loraplex.engine.models.layers import ExpertLinears, Linear
 from loraplex.engine.models.llama import (
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -49,6 +51,9 @@ class HasLinears(Protocol):
 
     def linears(self) -> Iterator[tuple[object, str, Linear]]:
         """Owner, attribute name and value of every linear."""
+
+    def expert_linears(self) -> Iterator[tuple[object, str, ExpertLinears]]:
+        """The same of those of experts."""
 
 
 def model_layers(model: Model) -> Sequence[HasLinears]:
@@ -137,8 +142,6 @@ def base_model_spec(hf_config: Any) -> BaseModelSpec:
     layers = [
         _modules(layer, f"{model.LAYERS}.{i}.") for i, layer in enumerate(model_layers(model))
     ]
-    # Adapters of what only some layers have are refused.
-    modules = [module for module in layers[0] if all(module in layer for layer in layers[1:])]
     embedding = head = None
     if isinstance(model, Decoder):
         vocab_size, hidden_size = model.embedding.shape
@@ -147,20 +150,36 @@ def base_model_spec(hf_config: Any) -> BaseModelSpec:
     return BaseModelSpec(
         architecture=hf_config.architectures[0],
         num_layers=len(model.layers),
-        modules=tuple(modules),
+        modules=tuple(_merge_layers(layers)),
         layer_path=model.LAYERS,
         embedding=embedding,
         head=head,
         is_tied=isinstance(model, Decoder) and model.is_tied,
+        renamed_parts=model.OTHER_PARTS,
     )
 
 
 def _modules(layer: HasLinears, prefix: str) -> list[LoRAModule]:
+    linears: list[tuple[Linear | ExpertLinears, int]] = [
+        *((linear, 1) for _, _, linear in layer.linears()),
+        *((experts, experts.num_experts) for _, _, experts in layer.expert_linears()),
+    ]
     return [
-        LoRAModule(name, path, linear.in_features, linear.out_features[name])
-        for _, _, linear in layer.linears()
+        LoRAModule(name, path, linear.in_features, linear.out_features[name], num_experts)
+        for linear, num_experts in linears
         for name, path in linear.paths(prefix).items()
     ]
+
+
+def _merge_layers(layers: Sequence[Sequence[LoRAModule]]) -> Iterator[LoRAModule]:
+    """Each module of any layer once; none of those that are of several shapes."""
+    for module in dict.fromkeys(itertools.chain(*layers)):
+        same_path = [i for i, layer in enumerate(layers) for m in layer if m.path == module.path]
+        same = frozenset(i for i, layer in enumerate(layers) if module in layer)
+        if len(same) == len(layers):
+            yield module
+        elif len(same) == len(same_path):
+            yield replace(module, layers=same)
 
 
 def outline_model(hf_config: Any) -> Model:

@@ -87,6 +87,8 @@ class TorchDevice:
         kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype)
         self.page_bytes = page_bytes(hf_config, config.block_size, kv_dtype)
         spec = base_model_spec(hf_config)
+        if device.type == "cuda":
+            spec = spec.without_experts("LoRA on experts is served on the CPU, not on GPUs")
         outline = outline_model(hf_config)
         backend = get_backend(
             config.attention_backend,

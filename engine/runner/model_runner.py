@@ -13,11 +13,12 @@ from loraplex.attention.backend import AttentionBackend, PlannedAttention
 from loraplex.attention.metadata import AttentionMetadata
 from loraplex.engine.messages import TokenLogprobs
 from loraplex.engine.models.decoder import Decoder
+from loraplex.engine.models.layers import ExpertLinears, Linear
 from loraplex.engine.models.registry import Model, kv_block_shape, model_layers
 from loraplex.engine.runner import sampler
 from loraplex.engine.step import FinishedStep, PromptLogprobsSpan, StepBatch, StepResult
 from loraplex.lora.ends import EmbeddingWithLoRA, EndBatch, HeadWithLoRA
-from loraplex.lora.layers import CpuLoRABatch, LinearWithLoRA, LoRABatch
+from loraplex.lora.layers import CpuLoRABatch, ExpertsWithLoRA, LinearWithLoRA, LoRABatch
 from loraplex.lora.spec import BaseModelSpec
 from loraplex.lora.vectors import VectorBatch
 
@@ -106,6 +107,7 @@ class ModelRunner:
             page_tables=torch.from_numpy(batch.page_tables),
             num_modules=self._spec.num_modules,
             shrunk=torch.empty(num_rows, self._most_modules, batch.max_rank),
+            module_mask=batch.module_mask,
         )
         if batch.vector_mask == 0:
             return lora
@@ -179,15 +181,23 @@ def wrap_linears(model: Model, spec: BaseModelSpec) -> list[LinearWithLoRA]:
         setattr(model, "lm_head", HeadWithLoRA(model.lm_head))  # noqa: B010 (for its type)
     module_ids = {module.path: index for index, module in enumerate(spec.modules)}
     wrapped = []
+
+    def place(
+        linear: Linear | ExpertLinears, layer: int
+    ) -> tuple[int, list[int], list[int]] | None:
+        paths = linear.paths(f"{spec.layer_path}.{layer}.").values()
+        if not module_ids.keys() >= set(paths):
+            return None
+        return layer, [module_ids[path] for path in paths], list(linear.out_features.values())
+
     for index, layer in enumerate(model_layers(model)):
         for owner, name, linear in list(layer.linears()):
-            paths = linear.paths(f"{spec.layer_path}.{index}.").values()
-            if not module_ids.keys() >= set(paths):
-                continue
-            modules = [module_ids[path] for path in paths]
-            widths = list(linear.out_features.values())
-            wrapped.append(LinearWithLoRA(linear, index, modules, widths))
-            setattr(owner, name, wrapped[-1])
+            if (where := place(linear, index)) is not None:
+                wrapped.append(LinearWithLoRA(linear, *where))
+                setattr(owner, name, wrapped[-1])
+        for owner, name, experts in list(layer.expert_linears()):
+            if (where := place(experts, index)) is not None:
+                setattr(owner, name, ExpertsWithLoRA(experts, *where))
     return wrapped
 
 

@@ -30,8 +30,9 @@ def random_weights(
     weights = AdapterWeights({}, {}, dtype)
     for place, rank in ranks.items():
         module = spec.modules[place[1]]
-        a = torch.randn(rank, module.in_features, generator=generator)
-        b = torch.randn(module.out_features, rank, generator=generator)
+        experts = [module.num_experts] if module.num_experts > 1 else []
+        a = torch.randn(*experts, rank, module.in_features, generator=generator)
+        b = torch.randn(*experts, module.out_features, rank, generator=generator)
         weights.a[place], weights.b[place] = a.to(dtype), b.to(dtype)
         if rank % 5 == 1:
             vectors = torch.randn(2, module.out_features, generator=generator)
@@ -50,7 +51,7 @@ def packing_cases(draw):
     num_layers = draw(st.integers(1, 4))
     features = st.integers(1, 200)
     modules = tuple(
-        LoRAModule(f"m{i}", f"m{i}", draw(features), draw(features))
+        LoRAModule(f"m{i}", f"m{i}", draw(features), draw(features), draw(st.integers(1, 3)))
         for i in range(draw(st.integers(1, 3)))
     )
     spec = BaseModelSpec("Any", num_layers, modules)
@@ -114,14 +115,15 @@ def test_tiles_are_where_the_format_says(case):
                     assert not found[len(vector) :].any()
             if rank == 0:
                 continue
-            for first, matrix in ((a_tile, weights.a[place]), (b_tile, weights.b[place].T)):
-                column_tiles = -(-matrix.shape[1] // 64)
-                for i in range(-(-rank // 8)):
-                    for j in range(column_tiles):
-                        expected = torch.zeros(8, 64, dtype=dtype)
-                        part = matrix[8 * i : 8 * i + 8, 64 * j : 64 * j + 64]
-                        expected[: part.shape[0], : part.shape[1]] = part
-                        assert torch.equal(tile(first + i * column_tiles + j), expected)
+            for number, matrices in ((a_tile, weights.a[place]), (b_tile, weights.b[place].mT)):
+                for matrix in matrices if matrices.dim() == 3 else matrices[None]:
+                    for i in range(-(-rank // 8)):
+                        for j in range(-(-matrix.shape[1] // 64)):
+                            expected = torch.zeros(8, 64, dtype=dtype)
+                            part = matrix[8 * i : 8 * i + 8, 64 * j : 64 * j + 64]
+                            expected[: part.shape[0], : part.shape[1]] = part
+                            assert torch.equal(tile(number), expected)
+                            number += 1
     assert claimed == set(range(len(claimed))), "no tile is wasted"
     assert image.num_pages == -(-len(claimed) // tiles_per_page)
 

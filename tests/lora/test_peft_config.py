@@ -37,7 +37,7 @@ def parse(**values):
         ("layer_replication", [[0, 4], [2, 5]], "off"),
         ("trainable_token_indices", [-1], "a list of token ids"),
         ("trainable_token_indices", "1", "a list of token ids"),
-        ("target_parameters", ["gate.weight", "gate_up_proj"], "weights of experts is not served"),
+        ("target_parameters", ["gate.weight", 3], "a list of names of parameters"),
         ("arrow_config", {"top_k": 3}, "off"),
         ("kasa_config", {"beta": 1}, "off"),
         ("monteclora_config", {"num_samples": 8}, "off"),
@@ -257,3 +257,16 @@ def test_routers_are_targeted_by_their_weight():
     assert config.targets(Q0)
     assert not config.targets("model.layers.0.gate")
     assert not config.targets("model.layers.0.mlp.experts")
+    assert config.parameters_of("model.layers.0.mlp") == []
+
+
+@pytest.mark.parametrize("prefix", ["", "experts.", "model.layers.0.mlp.experts."])
+def test_parameters_of_experts_come_in_their_order(prefix: str):
+    names = [f"{prefix}{name}" for name in ("down_proj", "gate_up_proj")]
+    config = parse(target_modules=["q_proj"], target_parameters=names)
+    experts = "model.layers.0.mlp.experts"
+    assert config.parameters_of(experts) == ["gate_up_proj", "down_proj"]
+    assert config.targets(f"{experts}.down_proj")
+    assert config.parameters_of("model.layers.0.other") == (
+        [] if prefix else ["gate_up_proj", "down_proj"]
+    )

@@ -21,10 +21,14 @@ MAX_MODEL_LEN = 60
 def check_model(
     config: PreTrainedConfig, targets: dict[str, Any], directory: Path, device: str
 ) -> None:
+    """check_batch of a random model, in a directory that must be empty. targets: PEFT's options of
+    the adapters."""
+    check_batch(directory / "model", write_random_model(config, directory, targets), device)
+
+
+def check_batch(model: Path, adapters: dict[str, Path], device: str) -> None:
     """Greedy tokens and log-probabilities of a batch that mixes the base model with adapters, in
-    float32, are those of transformers and PEFT. targets: PEFT's options of the adapters; the
-    directory must be empty."""
-    adapters = write_random_model(config, directory, targets)
+    float32, are those of transformers and PEFT."""
     rng = random.Random(0)
     prompts, names = [], []
     for length in PROMPT_LENGTHS:
@@ -33,7 +37,7 @@ def check_model(
             names.append(name)
     # So few tokens in a step that the long prompts come in chunks, beside others that decode.
     with LLM(
-        str(directory / "model"), dtype="float32", device=device, max_num_batched_tokens=16,
+        str(model), dtype="float32", device=device, max_num_batched_tokens=16,
         max_num_seqs=8, max_model_len=MAX_MODEL_LEN, pool_bytes=1 << 23, skip_tokenizer_init=True,
     ) as llm:  # fmt: skip
         outputs = llm.generate(
@@ -43,4 +47,4 @@ def check_model(
             use_tqdm=False,
         )
         llm.check_integrity()
-    Oracle(directory / "model", adapters).assert_equals(names, outputs)
+    Oracle(model, adapters).assert_equals(names, outputs)

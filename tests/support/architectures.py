@@ -254,15 +254,14 @@ def architecture_of(config: PreTrainedConfig) -> str:
 
 def all_linears(config: PreTrainedConfig) -> dict[str, Any]:
     """The options of PEFT for adapters on all linears; of models with experts, on those of
-    attention and, where our implementation serves them, on routers."""
+    attention and, where our implementation serves them, on routers and experts."""
     if config.get_text_config() is not config:
         return {"target_modules": r"model\.language_model\..*_proj"}
     if not {"num_experts", "num_local_experts"} & config.to_dict().keys():
         return {"target_modules": "all-linear"}
     options: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    # Not in models some of whose layers have no router.
-    if architecture_of(config) in ARCHITECTURES and not getattr(config, "mlp_only_layers", None):
-        options["target_parameters"] = ["gate.weight"]
+    if architecture_of(config) in ARCHITECTURES:
+        options["target_parameters"] = ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]
     return options
 
 
