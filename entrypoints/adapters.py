@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
+from loraplex.entrypoints.command_parser import CommandParser
+
 
 def add_adapters_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(
-        dest="action", required=True, metavar="ACTION", parser_class=argparse.ArgumentParser
+        dest="action", required=True, metavar="ACTION", parser_class=CommandParser
     )
     text = "Say what an adapter holds, what it takes in the pool, or why it is refused."
     inspect = actions.add_parser("inspect", help=text, description=text)
-    inspect.add_argument("path", help="Directory of the adapter.")
+    inspect.add_argument("paths", nargs="+", metavar="path", help="Directory of an adapter.")
     inspect.add_argument("--model", help="Base model to check it against: a directory or hub id.")
     inspect.add_argument("--revision", help="Branch, tag or commit of a hub model.")
     inspect.add_argument(
@@ -24,7 +26,7 @@ def add_adapters_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_adapters(arguments: argparse.Namespace) -> int:
-    """Write the report to standard output: 0 if the adapter is in order, else 1.
+    """Write a report for each to standard output: 0 if all adapters are in order, else 1.
 
     Raises ValueError for a model that is not there or not supported.
     """
@@ -37,6 +39,10 @@ def run_adapters(arguments: argparse.Namespace) -> int:
     base = None
     if arguments.model is not None:
         base = lora_spec(arguments.model, arguments.revision, arguments.dtype)
-    report = inspect_adapter(arguments.path, base, getattr(torch, arguments.dtype))
-    sys.stdout.write(report.render() + "\n")
-    return 0 if report.fits else 1
+    dtype = getattr(torch, arguments.dtype)
+    fit = True
+    for index, path in enumerate(arguments.paths):
+        report = inspect_adapter(path, base, dtype)
+        sys.stdout.write("\n" * (index > 0) + report.render() + "\n")
+        fit &= report.fits
+    return 0 if fit else 1

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import loraplex
+from loraplex.entrypoints.command_parser import CommandParser
 
 
 class Command(NamedTuple):
@@ -51,7 +52,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-class CommandParser(argparse.ArgumentParser):
+class LazyParser(CommandParser):
     """The parser of one command, which gets its flags when it has something to parse."""
 
     command: Command
@@ -78,14 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="loraplex",
         description="Serve one language model with thousands of LoRA adapters.",
         epilog="`loraplex COMMAND --help` lists a command's flags.",
     )
     parser.add_argument("--version", action="version", version=f"loraplex {loraplex.__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
+        dest="command", required=True, metavar="COMMAND", parser_class=LazyParser
     )
     for name, command in COMMANDS.items():
         command_parser = commands.add_parser(name, help=command.help, description=command.help)

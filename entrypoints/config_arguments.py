@@ -10,6 +10,9 @@ from collections.abc import Collection
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.vllm_options import VLLM_OPTIONS
+
 T = TypeVar("T")
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -30,6 +33,21 @@ def add_config_arguments(
                 name: value for name, value in entry.metadata.items() if name == "metavar"
             }
             group.add_argument(flag, default=argparse.SUPPRESS, help=_help(entry), **options)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    """EngineConfig's flags; and vLLM's for what happens anyway, of which --help does not speak."""
+    add_config_arguments(parser, EngineConfig, "engine", leave_out)
+    for name, option in VLLM_OPTIONS.items():
+        flag = f"--{name.replace('_', '-')}"
+        options = _options(name, option.type)
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+
+
+def engine_config_from_arguments(arguments: argparse.Namespace) -> EngineConfig:
+    """Raises ValueError for what is not allowed."""
+    names = VLLM_OPTIONS.keys() | {entry.name for entry in fields(EngineConfig)}
+    return EngineConfig.from_options(**{k: v for k, v in vars(arguments).items() if k in names})
 
 
 def config_from_arguments(arguments: argparse.Namespace, config_type: type[T]) -> T:

@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loraplex.engine.models.embedded import EMBEDDED_MODEL
+from loraplex.entrypoints.config_arguments import parse_size
 
 MAX_TOKENS = 64
 MAX_MODEL_LEN = 1024
@@ -95,9 +96,10 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pool-bytes",
-        type=int,
+        type=parse_size,
+        metavar="SIZE",
         default=64 << 20,
-        help="Bytes of the page pool, small enough to make a map (default: %(default)s).",
+        help="Bytes of the page pool, small enough to make a map (default: 64M).",
     )
 
 

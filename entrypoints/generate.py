@@ -12,7 +12,10 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_process import LOG_FORMAT
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.entrypoints.config_arguments import add_config_arguments, config_from_arguments
+from loraplex.entrypoints.config_arguments import (
+    add_engine_arguments,
+    engine_config_from_arguments,
+)
 
 SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 
@@ -41,7 +44,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition-penalty", type=float, default=1.0, help="Default: none.")
     group.add_argument("--stop", nargs="+", default=(), help="Strings that end the text.")
     # The engine's seed is also where this one request draws its own from.
-    add_config_arguments(parser, EngineConfig, "engine")
+    add_engine_arguments(parser)
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
@@ -49,14 +52,24 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
     Raises ValueError, EngineDeadError.
     """
-    config = config_from_arguments(arguments, EngineConfig)
+    config = engine_config_from_arguments(arguments)
     sampling = {name: getattr(arguments, name) for name in SAMPLING_FLAGS}
     params = SamplingParams(stop=tuple(arguments.stop), **sampling)
     lora_request = LoRARequest("adapter", arguments.adapter) if arguments.adapter else None
-    prompts = arguments.prompt or [sys.stdin.read()]
+    prompts = arguments.prompt or [_read_prompt()]
+    if not all(prompts):
+        raise ValueError(
+            "prompt='' is not allowed: give --prompt TEXT, or a text on standard input"
+        )
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
     asyncio.run(_generate(config, prompts, params, lora_request, arguments.chat))
     return 0
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        sys.stderr.write("Type the prompt; Ctrl-D on a line of its own ends it.\n")
+    return sys.stdin.read()
 
 
 async def _generate(

@@ -21,9 +21,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 import httpx
 from tqdm import tqdm
 
-from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_process import LOG_FORMAT
-from loraplex.entrypoints.config_arguments import add_config_arguments, config_from_arguments
+from loraplex.entrypoints.config_arguments import (
+    add_config_arguments,
+    add_engine_arguments,
+    config_from_arguments,
+    engine_config_from_arguments,
+)
 from loraplex.entrypoints.http.server_config import ServerConfig
 
 if TYPE_CHECKING:
@@ -44,7 +48,7 @@ def add_run_batch_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-o", "--output-file", required=True, help="- is standard output.")
     others = [f.name for f in fields(ServerConfig) if f.name not in SERVER_OPTIONS]
     add_config_arguments(parser, ServerConfig, "server", leave_out=others)
-    add_config_arguments(parser, EngineConfig, "engine")
+    add_engine_arguments(parser)
 
 
 def run_run_batch(arguments: argparse.Namespace) -> int:
@@ -52,7 +56,7 @@ def run_run_batch(arguments: argparse.Namespace) -> int:
 
     Raises ValueError for a file that is no batch, before the model is loaded; EngineDeadError.
     """
-    engine_config = config_from_arguments(arguments, EngineConfig)
+    engine_config = engine_config_from_arguments(arguments)
     server_config = config_from_arguments(arguments, ServerConfig)
     requests = read_batch(arguments.input_file)
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)

@@ -7,7 +7,12 @@ import logging
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_process import LOG_FORMAT
-from loraplex.entrypoints.config_arguments import add_config_arguments, config_from_arguments
+from loraplex.entrypoints.config_arguments import (
+    add_config_arguments,
+    add_engine_arguments,
+    config_from_arguments,
+    engine_config_from_arguments,
+)
 from loraplex.entrypoints.http.server_config import ServerConfig
 
 
@@ -20,13 +25,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "%(default)s).",
     )
     add_config_arguments(parser, ServerConfig, "server")
-    add_config_arguments(parser, EngineConfig, "engine", leave_out=("model",))
+    add_engine_arguments(parser, leave_out=("model",))
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; 0 then. Raises ValueError, EngineDeadError."""
     server_config = config_from_arguments(arguments, ServerConfig)
-    engine_config = config_from_arguments(arguments, EngineConfig)
+    engine_config = engine_config_from_arguments(arguments)
     logging.basicConfig(level=server_config.log_level.upper(), format=LOG_FORMAT)
     # Imported late, so that --help and a mistake in a flag take no second.
     from loraplex.engine.async_engine import AsyncEngine

@@ -243,5 +243,7 @@ def _bind(host: str, port: int, client_timeout: float) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ValueError(f"host={host!r} with port={port} is not allowed: {error}") from error
+        raise ValueError(
+            f"host={host!r} with port={port} is not allowed: {error.strerror}"
+        ) from error
     return listener

@@ -61,7 +61,8 @@ def _fill(model: LoadableModel, path: Path, shard: Shard) -> None:
         elif not (model.is_ignored(current_name) or _adds_nothing(name, stored)):
             leftover.append(name)
     progress = {"desc": "Loading weights", "unit": "tensor", "leave": False}
-    with tqdm(total=len(found), disable=shard.index > 0, **progress) as shown:
+    # None: shown on a terminal, and in no log.
+    with tqdm(total=len(found), disable=shard.index > 0 or None, **progress) as shown:
         for name, tensor, place in read_ahead(found):
             if tensor is not None:
                 copy_to_place(name, take_share(tensor, place.shape, shard), place)

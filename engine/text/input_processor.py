@@ -88,7 +88,7 @@ class InputProcessor:
         if not isinstance(content, str):
             token_ids = content
         elif tokenizer is not None:
-            token_ids = tokenizer.encode(_check_text(content))
+            token_ids = tokenizer.encode(content)
         else:
             raise ValueError(
                 f"prompt={describe(content)} is not allowed: without a tokenizer it must be "
@@ -169,15 +169,3 @@ def _integers(name: str, token_ids: Any, allowed: str) -> list[int]:
         with suppress(TypeError):
             return list(map(operator.index, token_ids))
     raise ValueError(f"{name}={describe(token_ids)} is not allowed: it must be {allowed}")
-
-
-def _check_text(text: str) -> str:
-    """Half of a surrogate pair is a character to Python, and none to tokenizers."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"prompt={describe(text)} is not allowed: the character at {error.start}, "
-            f"{text[error.start]!r}, is none of Unicode's"
-        ) from None
-    return text

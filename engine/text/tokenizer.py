@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jinja2
 
+from loraplex.engine.errors import describe
 from loraplex.engine.text.generation_config import read_eos_token_ids
 
 # What templates fail with, by their own will or because messages are not as they expect. Templates
@@ -36,7 +37,8 @@ class Tokenizer(Protocol):
         """The same tokenizer with another template."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The text's token ids, with those that the model expects around it."""
+        """The text's token ids, with those that the model expects around it. ValueError for a text
+        that is no Unicode."""
 
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = True
@@ -80,6 +82,7 @@ class TransformersTokenizer:
         return other
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        _check_text(text)
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
     def encode_with_offsets(
@@ -87,6 +90,7 @@ class TransformersTokenizer:
     ) -> list[tuple[int, int, int]]:
         if self._backend is None:
             raise ValueError("this model's tokenizer does not know where its tokens are in a text")
+        _check_text(text)
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return [(i, *span) for i, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
@@ -119,6 +123,17 @@ class TransformersTokenizer:
             )
         except TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
+
+
+def _check_text(text: str) -> None:
+    """Half of a surrogate pair is a character to Python and to JSON, and none to tokenizers."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text {describe(text)} is not allowed: its character at {error.start}, "
+            f"{text[error.start]!r}, is none of Unicode's"
+        ) from None
 
 
 def load_tokenizer(path: str | Path) -> TransformersTokenizer:

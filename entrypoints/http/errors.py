@@ -67,6 +67,8 @@ def to_api_error(error: Exception) -> ApiError:
             return error
         case RequestValidationError():
             return _from_validation(error)
+        case HTTPException(__cause__=UnicodeDecodeError()):
+            return ApiError(400, "the body is no JSON: it is not in UTF-8")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case EngineDeadError():
@@ -122,6 +124,11 @@ def _from_validation(error: RequestValidationError) -> ApiError:
         location.append(context["field"])
     param = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in location).lstrip(".")
     match fault["type"]:
+        case "missing" if not location:
+            return ApiError(400, "the body is missing: it must be a JSON object")
+        case "model_attributes_type" if not location:
+            hint = " (its Content-Type must be application/json)" * isinstance(error.body, bytes)
+            return ApiError(400, f"the body is no JSON object{hint}")
         case "json_invalid":
             return ApiError(400, f"the body is no JSON: {context.get('error', fault['msg'])}")
         case "extra_forbidden":
@@ -129,6 +136,6 @@ def _from_validation(error: RequestValidationError) -> ApiError:
                 400, f"{param!r} is not a field that this server knows", param, "unknown_field"
             )
         case "missing":
-            return ApiError(400, f"the field {param or 'body'!r} is missing", param or None)
+            return ApiError(400, f"the field {param!r} is missing", param)
     message = str(context["error"]) if "error" in context else fault["msg"]
     return ApiError(400, f"{param}: {message}" if param else message, param or None)

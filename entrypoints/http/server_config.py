@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 
 from loraplex.entrypoints.http.adapter_places import AdapterPlaces
@@ -135,6 +136,8 @@ class ServerConfig:
                 value = "..." if name == "api_key" else repr(getattr(self, name))
                 raise ValueError(f"{name}={value} is not allowed: it must be {allowed}")
         names = [name for name, _ in self.adapter_paths()]
+        for name, count in Counter(names).items():
+            check_option("lora_modules", name, count == 1, "a name that is given once")
         for option_name in ("preload_lora_modules", "pin_lora_modules"):
             for name in getattr(self, option_name) or ():
                 check_option(option_name, name, name in names, "the name of one of lora_modules")

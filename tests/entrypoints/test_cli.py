@@ -6,14 +6,20 @@ import argparse
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from loraplex.engine.config import EngineConfig
 from loraplex.entrypoints.cli import COMMANDS, main
-from loraplex.entrypoints.config_arguments import parse_size
+from loraplex.entrypoints.command_parser import OTHERS_FLAGS
+from loraplex.entrypoints.config_arguments import (
+    config_from_arguments,
+    engine_config_from_arguments,
+    parse_size,
+)
 from loraplex.entrypoints.http.server_config import ServerConfig
-from loraplex.entrypoints.serve import add_serve_arguments, config_from_arguments
+from loraplex.entrypoints.serve import add_serve_arguments
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -56,7 +62,7 @@ def test_flags_of_serve_become_configs():
     server = config_from_arguments(arguments, ServerConfig)
     assert server.port == 1
     assert server.adapter_paths() == [("a", "/a"), ("b", "/b=c"), ("c", "/c")]
-    assert config_from_arguments(arguments, EngineConfig) == EngineConfig(
+    assert engine_config_from_arguments(arguments) == EngineConfig(
         model="some/model", pool_bytes=3 << 29, max_model_len=128, enable_prefix_caching=False,
         dtype="float32",
     )  # fmt: skip
@@ -64,7 +70,7 @@ def test_flags_of_serve_become_configs():
 
 def test_flags_that_are_not_given_leave_the_defaults():
     arguments = parse()
-    assert config_from_arguments(arguments, EngineConfig) == EngineConfig()
+    assert engine_config_from_arguments(arguments) == EngineConfig()
     assert config_from_arguments(arguments, ServerConfig) == ServerConfig()
 
 
@@ -72,6 +78,11 @@ def test_flags_that_are_not_given_leave_the_defaults():
     ("settings", "words"),
     [
         ({"lora_modules": ["x"]}, "lora_modules='x' is not allowed: it must be name=path"),
+        (
+            {"lora_modules": ["x=a", "y=a", "x=b"]},
+            "lora_modules='x' is not allowed: it must be a",
+        ),
+        ({"port": "80"}, "port='80' is not allowed: it must be an integer"),
         ({"log_level": "loud"}, "log_level='loud' is not allowed: it must be one of debug"),
         ({"shutdown_grace": -1.0}, "shutdown_grace=-1.0 is not allowed"),
         ({"api_key": [""]}, "api_key=... is not allowed"),
@@ -154,8 +165,64 @@ def test_a_mistake_is_one_line_and_status_2(arguments, words):
     assert (heavy, rest) == ("heavy: []", [])
 
 
-def test_an_unknown_flag_is_argparse_s_mistake(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--portt", "1"], "--portt is not a flag: did you mean --port?"),
+        (["serve", "--model-id", "x"], "--model-id is not a flag: the model is named without"),
+        (["serve", "--quantize=awq"], "--quantize is not a flag: --quantization"),
+        (["serve", "--colour", "red"], "--colour is not a flag"),
+        (["serve", "--max-model-len", "4x"], "--max-model-len: invalid int value: '4x'"),
+        (["generate", "hi"], "'hi' is not understood"),
+        (["adapters", "inspect", "--modell", "a", "b"], "did you mean --model?"),
+        (["run-batch"], "required: -i/--input-file, -o/--output-file"),
+        (["sreve"], "invalid choice: 'sreve'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_not_buried_under_all_of_them(arguments, words, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["serve", "--max-loras", "4"])
+        main(arguments)
     assert caught.value.code == 2
-    assert "--max-loras" in capsys.readouterr().err
+    mistake, hint = capsys.readouterr().err.splitlines()
+    assert mistake.startswith("loraplex")
+    assert words in mistake
+    assert hint.endswith("--help` says what there is")
+
+
+def test_every_flag_that_is_hinted_at_is_one():
+    known = parse_known("serve")
+    for flag, hint in OTHERS_FLAGS.items():
+        assert flag not in known
+        assert all(word in known for word in re.findall("--[a-z-]+", hint))
+
+
+def parse_known(command: str) -> set[str]:
+    return set(re.findall("--[a-z0-9-]+", run_cli(command, "--help").stdout))
+
+
+def test_flags_of_vllm_for_what_happens_anyway_are_taken():
+    flags = ("some/model", "--enable-lora", "--max-loras", "4", "--no-trust-remote-code")
+    assert engine_config_from_arguments(parse(*flags)) == EngineConfig(model="some/model")
+    with pytest.raises(ValueError, match="max_lora_rank=512 is not allowed: it must be 1 to 256"):
+        engine_config_from_arguments(parse("--max-lora-rank", "512"))
+    assert "--enable-lora" not in parse_known("serve")
+
+
+def test_generate_without_a_prompt_loads_no_model():
+    done = run_cli("generate", "--prompt", "")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "loraplex: prompt='' is not allowed: give --prompt TEXT, or a text on standard input\n"
+        "heavy: []\n",
+    )
+
+
+def test_several_adapters_are_inspected_at_once(capsys):
+    examples = Path(__file__).parents[2] / "examples" / "adapters"
+    assert main(["adapters", "inspect", str(examples / "pirate"), str(examples / "haiku")]) == 0
+    assert main(["adapters", "inspect", str(examples / "pirate"), str(examples)]) == 1
+    text = capsys.readouterr().out
+    assert text.count("adapter:     ") == 4
+    assert text.count("\n\nadapter:     ") == 2
+    assert text.count("refused:     ") == 1

@@ -9,9 +9,11 @@ import logging
 from fakes import ByteTokenizer
 
 from loraplex.engine.async_engine import AsyncEngine
-from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_process import LOG_FORMAT
-from loraplex.entrypoints.config_arguments import config_from_arguments
+from loraplex.entrypoints.config_arguments import (
+    config_from_arguments,
+    engine_config_from_arguments,
+)
 from loraplex.entrypoints.http.server_config import ServerConfig
 from loraplex.entrypoints.serve import add_serve_arguments
 from loraplex.entrypoints.server import run_server
@@ -24,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     server_config = config_from_arguments(arguments, ServerConfig)
     logging.basicConfig(level=server_config.log_level.upper(), format=LOG_FORMAT)
-    engine_config = config_from_arguments(arguments, EngineConfig)
+    engine_config = engine_config_from_arguments(arguments)
     engine = AsyncEngine(engine_config, f"fake_core:{arguments.core}", ByteTokenizer())
     run_server(engine, server_config)
 

@@ -58,6 +58,12 @@ def test_text_comes_back_as_it_was(tokenizer):
     assert tokenizer.vocab_size == 258
 
 
+def test_half_a_character_is_refused(tokenizer):
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(ValueError, match=r"character at 2, '\\ud83d', is none of Unicode"):
+            encode("ab\ud83d")
+
+
 def test_special_tokens_are_text_only_if_wanted(tokenizer):
     token_ids = [256, *tokenizer.encode("a"), 257]
     assert tokenizer.decode(token_ids) == "a"

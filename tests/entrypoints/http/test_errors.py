@@ -189,3 +189,22 @@ def test_unknown_routes_and_methods(server):
     response = httpx.get(f"{server.url}/v1/completions")
     assert response.status_code == 405
     assert error_of(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "words"),
+    [
+        (b'{"model": "fake"', "application/json", "the body is no JSON: Expecting"),
+        (b'{"model": "\xff"}', "application/json", "the body is no JSON: it is not in UTF-8"),
+        (b"[1]", "application/json", "the body is no JSON object"),
+        (b"", "application/json", "the body is missing: it must be a JSON object"),
+        (b'{"a": 1}', "text/plain", "no JSON object (its Content-Type must be application/json)"),
+    ],
+)
+def test_a_body_that_is_no_json_object(server, body, content_type, words):
+    response = httpx.post(
+        f"{server.url}/v1/completions", content=body, headers={"Content-Type": content_type}
+    )
+    assert response.status_code == 400
+    assert words in error_of(response)["message"]
+    assert ("Content-Type" in error_of(response)["message"]) == (content_type == "text/plain")
