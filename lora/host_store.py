@@ -22,6 +22,7 @@ import torch
 
 from loraplex.lora.image import AdapterImage
 from loraplex.lora.loader import load_adapter
+from loraplex.lora.page_memory import PageMemory, memory_for_images
 from loraplex.lora.recipe import Recipe
 from loraplex.lora.spec import AdapterError, BaseModelSpec
 
@@ -115,6 +116,9 @@ class HostAdapterStore:
         self._load_seconds = 0.0
         self._is_closed = False
         self._copy_stream: torch.cuda.Stream | None = None
+        # Images that make room for others leave them their memory.
+        self._image_memory = memory_for_images(num_threads)
+        self._file_memory = PageMemory(num_threads)
         self._readers = ThreadPoolExecutor(num_threads, "adapter-reader")
         # Apart from the readers, so that what is ready never waits for what is not.
         self._copiers = ThreadPoolExecutor(1, "adapter-copier")
@@ -366,9 +370,14 @@ class HostAdapterStore:
         start = self._clock()
         outcome: AdapterImage | AdapterError
         try:
-            outcome = load_adapter(files.recipe, self._spec, self._page_bytes, self._dtype)
-            if torch.cuda.is_available():
-                outcome.pin()
+            outcome = load_adapter(
+                files.recipe,
+                self._spec,
+                self._page_bytes,
+                self._dtype,
+                self._image_memory.allocate,
+                self._file_memory.allocate,
+            )
         except AdapterError as error:
             outcome = error
         except Exception as error:

@@ -15,10 +15,7 @@ base model's, [num_tokens, hidden_size], laid out like an A.
 
 from __future__ import annotations
 
-import mmap
-import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -27,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex import native
+from loraplex.lora.page_memory import Allocate, allocate_pages
 from loraplex.lora.spec import AdapterError, AdapterTraits, BaseModelSpec, EndTiles
 
 TILE_RANKS = 8
@@ -104,17 +102,6 @@ class AdapterImage:
         """uint8 [num_pages, page_bytes]."""
         return self.buffer.view(-1, self.num_pages, self.page_bytes)[share]
 
-    def pin(self) -> None:
-        """Lock the buffer's memory while the image lives: CUDA devices copy it as it is then."""
-        error = torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.num_bytes, 0)
-        torch.cuda.check_error(int(error))
-        # By the time the program ends, the driver has forgotten it.
-        weakref.finalize(self, _unpin, self.buffer).atexit = False
-
-
-def _unpin(buffer: torch.Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
-
 
 def layout_image(
     ranks: Mapping[Place, int],
@@ -161,7 +148,12 @@ def image_num_pages(
     return layout_image(ranks, spec, page_bytes, itemsize).num_pages
 
 
-def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) -> AdapterImage:
+def pack_image(
+    weights: AdapterWeights,
+    spec: BaseModelSpec,
+    page_bytes: int,
+    allocate: Allocate = allocate_pages,
+) -> AdapterImage:
     """Pack an adapter, its values times their scalings rounded once.
 
     Raises AdapterError if a value is not finite, in the weights or as the image's dtype has it.
@@ -181,7 +173,7 @@ def pack_image(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) ->
             num_tiles += _num_tiles(*end.b.T.shape)
     num_pages = -(-num_tiles // layout.tiles_per_page)
     layout = replace(layout, num_tiles=num_tiles, num_pages=num_pages)
-    buffer = allocate_pages(num_pages * page_bytes)
+    buffer = allocate(num_pages * page_bytes)
     pages = buffer.view(num_pages, page_bytes)
     # One call, in which others may hold the interpreter's lock: packing takes milliseconds.
     index = native.pack_lora(
@@ -263,15 +255,6 @@ def _pack_vectors(
         slots[tiles // layout.tiles_per_page, tiles % layout.tiles_per_page] = padded.view(
             slots.dtype
         ).reshape(2 * num_tiles, TILE_ELEMENTS)
-
-
-def allocate_pages(num_bytes: int) -> torch.Tensor:
-    """Pages of memory that nothing else is in, as pinning asks; large ones, which are quicker to
-    come by, where the system has them."""
-    memory = mmap.mmap(-1, num_bytes)
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def unpack_image(image: AdapterImage, spec: BaseModelSpec) -> AdapterWeights:

@@ -12,6 +12,7 @@ from loraplex.lora.experts import place_experts, split_parts
 from loraplex.lora.fusion import locate, place_weights
 from loraplex.lora.image import AdapterImage, AdapterWeights, pack_image
 from loraplex.lora.merge import merge_adapters
+from loraplex.lora.page_memory import Allocate, allocate_pages
 from loraplex.lora.peft_config import WEIGHTS_FILE, adapter_fingerprint, read_peft_config
 from loraplex.lora.peft_file import open_weights, read_targeted_modules, read_tensors
 from loraplex.lora.recipe import MergeRecipe, Recipe
@@ -21,7 +22,12 @@ from loraplex.lora.vectors import add_vectors
 
 
 def load_adapter(
-    recipe: Recipe | Path, spec: BaseModelSpec, page_bytes: int, dtype: torch.dtype
+    recipe: Recipe | Path,
+    spec: BaseModelSpec,
+    page_bytes: int,
+    dtype: torch.dtype,
+    allocate_image: Allocate = allocate_pages,
+    allocate_file: Allocate = allocate_pages,
 ) -> AdapterImage:
     """Read the adapter that a recipe gives for a base model, into pages of page_bytes.
 
@@ -29,16 +35,18 @@ def load_adapter(
     Raises AdapterError, naming the tensor or the setting, if any part of it cannot be served.
     """
     if isinstance(recipe, MergeRecipe):
-        parts = [_read_part(path, spec, dtype) for path in recipe.paths]
+        parts = [_read_part(path, spec, dtype, allocate_file) for path in recipe.paths]
         weights = merge_adapters(parts, recipe.merge, spec, dtype)
     else:
-        weights = read_adapter(str(recipe), spec, dtype)
+        weights = read_adapter(str(recipe), spec, dtype, allocate_file)
     if spec.shard is not None:
-        return pack_shards(weights, spec, page_bytes)
-    return pack_image(weights, spec, page_bytes)
+        return pack_shards(weights, spec, page_bytes, allocate_image)
+    return pack_image(weights, spec, page_bytes, allocate_image)
 
 
-def read_adapter(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterWeights:
+def read_adapter(
+    path: str, spec: BaseModelSpec, dtype: torch.dtype, allocate: Allocate = allocate_pages
+) -> AdapterWeights:
     """The tensors of the PEFT adapter in a directory, by place; see load_adapter."""
     directory = Path(path)
     fingerprint = adapter_fingerprint(path)
@@ -47,7 +55,7 @@ def read_adapter(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterW
         modules = read_targeted_modules(file, config)
         end_names = [end.path for end in (spec.embedding, spec.head) if end is not None]
         parts = locate([m for m in modules if m.name not in end_names], spec)
-        tensors = read_tensors(directory / WEIGHTS_FILE)
+        tensors = read_tensors(directory / WEIGHTS_FILE, allocate)
     plain, of_experts = split_parts(parts, spec)
     weights = place_weights(plain, tensors, spec, dtype)
     place_experts(weights, of_experts, tensors, spec)
@@ -63,9 +71,11 @@ def read_adapter(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterW
     return weights
 
 
-def _read_part(path: str, spec: BaseModelSpec, dtype: torch.dtype) -> AdapterWeights:
+def _read_part(
+    path: str, spec: BaseModelSpec, dtype: torch.dtype, allocate: Allocate
+) -> AdapterWeights:
     """As read_adapter does; errors say which of several adapters is to blame."""
     try:
-        return read_adapter(path, spec, dtype)
+        return read_adapter(path, spec, dtype, allocate)
     except AdapterError as error:
         raise AdapterError(f"adapter in {path!r}: {error}", error.status) from None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loraplex.lora.image import allocate_pages
+from loraplex.lora.page_memory import Allocate, allocate_pages
 from loraplex.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from loraplex.lora.spec import AdapterError
 
@@ -81,7 +81,7 @@ def not_served(tensor_name: str) -> AdapterError:
     )
 
 
-def read_tensors(path: Path) -> Callable[[str], torch.Tensor]:
+def read_tensors(path: Path, allocate: Allocate = allocate_pages) -> Callable[[str], torch.Tensor]:
     """The tensors, by name, of a file that safetensors has found valid (its format: a header's size
     in 8 bytes, the header in JSON, the data).
 
@@ -91,7 +91,7 @@ def read_tensors(path: Path) -> Callable[[str], torch.Tensor]:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_bytes))
         num_bytes = max(entry["data_offsets"][1] for entry in header.values() if "shape" in entry)
-        data = allocate_pages(max(num_bytes, 1))
+        data = allocate(max(num_bytes, 1))
         if file.readinto(data.numpy().data) != num_bytes:
             raise OSError("it ends before its tensors do")
 

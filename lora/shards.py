@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from loraplex.lora.image import AdapterImage, AdapterWeights, allocate_pages, pack_image
+from loraplex.lora.image import AdapterImage, AdapterWeights, pack_image
+from loraplex.lora.page_memory import Allocate, allocate_pages
 from loraplex.lora.spec import AdapterError, BaseModelSpec
 
 
@@ -19,7 +20,12 @@ def sharded_spec(whole: BaseModelSpec, shard: BaseModelSpec, num_shards: int) ->
     return replace(whole, shard=shard, num_shards=num_shards, embedding=None, head=None)
 
 
-def pack_shards(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) -> AdapterImage:
+def pack_shards(
+    weights: AdapterWeights,
+    spec: BaseModelSpec,
+    page_bytes: int,
+    allocate: Allocate = allocate_pages,
+) -> AdapterImage:
     """One image with the pages of all shares; spec: of the whole model, which has a `shard`.
 
     Raises AdapterError for what can't be divided.
@@ -33,7 +39,7 @@ def pack_shards(weights: AdapterWeights, spec: BaseModelSpec, page_bytes: int) -
         pack_image(_shard(weights, spec, spec.shard, index), spec.shard, page_bytes)
         for index in range(spec.num_shards)
     ]
-    buffer = allocate_pages(sum(image.num_bytes for image in images))
+    buffer = allocate(sum(image.num_bytes for image in images))
     torch.cat([image.buffer for image in images], out=buffer)
     return replace(images[0], buffer=buffer)
 

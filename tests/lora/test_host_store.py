@@ -75,12 +75,12 @@ class Gate:
         self.paths: list[str] = []
         self.failing = False
 
-        def gated(path, spec, page_bytes, dtype):
+        def gated(path, *args):
             self.paths.append(str(path))
             assert self.opened.wait(20)
             if self.failing:
                 raise AdapterError("out of order")
-            return load_adapter(path, spec, page_bytes, dtype)
+            return load_adapter(path, *args)
 
         monkeypatch.setattr(host_store, "load_adapter", gated)
 
