@@ -6,6 +6,7 @@ in which it would run, "die" ends the process without a word; anything else is e
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fake_device import FakeDevice
-from fakes import FakeCore, echo
+from fakes import EOS, FakeCore, echo
 
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
@@ -35,7 +36,21 @@ class Letters(Sequence):
         return ord("a") + index % 26
 
 
+def example(schema: dict[str, Any]) -> Any:
+    """Something that a simple JSON schema allows."""
+    match schema["type"]:
+        case "object":
+            return {name: example(field) for name, field in schema["properties"].items()}
+        case "string":
+            return "x"
+        case kind:
+            return {"integer": 1, "number": 1.5, "boolean": True, "array": []}[kind]
+
+
 def reply(request: EngineRequest) -> Sequence[int]:
+    structure = request.sampling_params.structured_outputs
+    if structure is not None and structure.json is not None:
+        return [*json.dumps(example(json.loads(structure.json))).encode(), EOS]
     if b"long" in bytes(t for t in request.prompt_token_ids if t < 256):
         return Letters()
     return echo(request)
