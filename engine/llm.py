@@ -21,8 +21,8 @@ from loraplex.engine.outputs import EmbeddingOutput, EmbeddingRequestOutput, Req
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.terminal import ProgressBar, interrupts_between_steps
 from loraplex.engine.text.adapter_tokenizers import AdapterTokenizers
+from loraplex.engine.text.conversation import Message, check_messages
 from loraplex.engine.text.input_processor import InputProcessor, Prompt, prompt_text
-from loraplex.engine.text.messages import Message, check_messages
 from loraplex.engine.text.output_processor import OutputProcessor
 from loraplex.engine.text.tokenizer import Tokenizer, load_tokenizer
 

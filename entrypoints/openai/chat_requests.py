@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.engine.text.messages import join_text_parts
+from loraplex.engine.text.conversation import join_text_parts
 from loraplex.entrypoints.http.strict_model import StrictModel
 from loraplex.entrypoints.openai.requests import NEUTRAL_VALUES, GenerationRequest
 from loraplex.entrypoints.openai.tools import NamedToolChoice, ToolCallOfMessage, ToolDefinition
