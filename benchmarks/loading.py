@@ -37,8 +37,11 @@ class Loading:
     largest_shard_bytes: int
     read_seconds: float
     """Reading all files into memory that is kept, as a load must."""
+    read_cpu_seconds: float
     load_seconds: float
     """From the config to a model whose weights are laid out."""
+    load_cpu_seconds: float
+    """Of all threads."""
     host_peak_bytes: int
     """More than before the load, of anonymous memory and files."""
     host_after_bytes: int
@@ -70,30 +73,43 @@ def measure(directory: Path, quantization: str) -> Loading:
 def _measure(directory: Path, quantization: str) -> Loading:
     files = sorted(directory.glob("*.safetensors"))
     for _ in range(2):  # once to bring them into the page cache
-        started = time.perf_counter()
+        read = _Stopwatch()
         kept = [_read(file) for file in files]
-        read_seconds = time.perf_counter() - started
+        read.stop()
         del kept
     hf_config = read_model_config(directory)
     config = EngineConfig(quantization=None if quantization == "none" else quantization)
     dtype = resolve_dtype("auto", hf_config)
     before = _host_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    started = time.perf_counter()
+    load = _Stopwatch()
     device = resolve_device(config)
     model = build_model(config, directory, hf_config, dtype, 1024, device)
-    load_seconds = time.perf_counter() - started
+    load.stop()
     sizes = [file.stat().st_size for file in files]
     return Loading(
         quantization=quantization,
         checkpoint_bytes=sum(sizes),
         largest_shard_bytes=max(sizes),
-        read_seconds=round(read_seconds, 3),
-        load_seconds=round(load_seconds, 3),
+        read_seconds=read.seconds,
+        read_cpu_seconds=read.cpu_seconds,
+        load_seconds=load.seconds,
+        load_cpu_seconds=load.cpu_seconds,
         host_peak_bytes=_host_bytes("VmHWM") - before,
         host_after_bytes=_host_bytes("VmRSS") - before,
         device_after_bytes=torch.cuda.memory_allocated() if model.embedding.is_cuda else 0,
     )
+
+
+class _Stopwatch:
+    """Of the clock, and of what the process computed."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        self.seconds = round(time.perf_counter() - self._started[0], 3)
+        self.cpu_seconds = round(time.process_time() - self._started[1], 3)
 
 
 def _read(file: Path) -> bytearray:
@@ -118,13 +134,14 @@ def main(flags: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--num-shards", type=int, default=4)
     parser.add_argument("--quantization", nargs="+", default=["none"])
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(flags)
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
         write_checkpoint(path, arguments.shape, arguments.num_layers, arguments.num_shards)
-        for quantization in arguments.quantization:
+        for quantization in arguments.quantization * arguments.repeats:
             loading = measure(path, quantization)
             figures.append(asdict(loading))
             gib = {k: f"{v / 2**30:.2f} GiB" for k, v in figures[-1].items() if "bytes" in k}

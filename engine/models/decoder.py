@@ -6,11 +6,10 @@ attributes; what a config may say and is honoured only in part is in SUPPORTED.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from loraplex.engine.models.blocks import (
     MLP,
@@ -24,7 +23,7 @@ from loraplex.engine.models.blocks import (
     gated_activation,
 )
 from loraplex.engine.models.config import head_dim, num_kv_heads
-from loraplex.engine.models.layers import Linear, Module, Norm, RMSNorm
+from loraplex.engine.models.layers import Linear, Module, Norm, RMSNorm, Table
 from loraplex.engine.models.rope import Rope, RotaryPositions, rope_cos_sin_cache
 from loraplex.engine.models.weights import NamedPlaces
 
@@ -68,7 +67,7 @@ class Decoder(Module):
         self.max_model_len = max_model_len
         self.heads = self.make_heads()
         self.rope = self.make_rope()
-        self.embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.tokens = Table(self.EMBEDDING, config.vocab_size, config.hidden_size, dtype)
         self.layers = [
             self.make_layer(index, f"{self.LAYERS}.{index}.")
             for index in range(config.num_hidden_layers)
@@ -137,7 +136,7 @@ class Decoder(Module):
 
     def look_up(self, token_ids: Tensor, batch: ForwardBatch) -> Tensor:
         """Rows of the embedding: token_ids [num_tokens] -> [num_tokens, hidden]."""
-        return F.embedding(token_ids, self.embedding)
+        return self.tokens(token_ids)
 
     def linear(
         self, prefix: str, in_features: int, out_features: dict[str, int], has_bias: bool = False
@@ -202,11 +201,19 @@ class Decoder(Module):
         """The distinct sliding windows of the layers."""
         return tuple(dict.fromkeys(layer.attention.window for layer in self.layers))
 
+    @property
+    def embedding(self) -> Tensor:
+        """[vocab_size, hidden_size]"""
+        return self.tokens.rows
+
+    def units(self) -> Iterator[Module]:
+        for unit in super().units():
+            if unit is not self.lm_head or not self.is_tied:
+                yield unit
+
     def named_weights(self) -> NamedPlaces:
-        yield f"{self.EMBEDDING}.weight", self.embedding
-        for name, part in self.parts():
-            if name != "lm_head" or not self.is_tied:
-                yield from part.named_weights()
+        for unit in self.units():
+            yield from unit.named_weights()
 
     def current_name(self, name: str) -> str:
         """What named_weights calls a tensor that an older checkpoint has by another name."""
@@ -229,7 +236,7 @@ class Decoder(Module):
     def finish_loading(self) -> None:
         if self.is_tied:
             self.lm_head.tie(self.embedding)
-        super().finish_loading()
+            self.lm_head.finish_loading()
 
     def forward(self, token_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         """token_ids, positions int64 [num_tokens] -> hidden states [num_tokens, hidden]."""

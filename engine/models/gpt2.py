@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from loraplex.engine.models.blocks import (
     MLP,
@@ -14,7 +13,7 @@ from loraplex.engine.models.blocks import (
     activation,
 )
 from loraplex.engine.models.decoder import Decoder
-from loraplex.engine.models.layers import LayerNorm, Linear, Norm
+from loraplex.engine.models.layers import LayerNorm, Linear, Norm, Table
 from loraplex.engine.models.rope import Rope, no_positions
 from loraplex.engine.models.weights import DenseWeight, NamedPlaces
 
@@ -68,19 +67,14 @@ class GPT2LMHeadModel(Decoder):
 
     def make_rope(self) -> Rope:
         shape = self.config.max_position_embeddings, self.config.hidden_size
-        self.position_embedding = torch.empty(shape, dtype=self.dtype)
+        self.positions = Table("transformer.wpe", *shape, self.dtype)
         return no_positions
 
     def make_norm(self, name: str, size: int) -> Norm:
         return LayerNorm(name, size, self.config.layer_norm_epsilon, self.dtype)
 
     def embed(self, token_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        x = self.look_up(token_ids, batch)
-        return x + F.embedding(positions, self.position_embedding)
-
-    def named_weights(self) -> NamedPlaces:
-        yield "transformer.wpe.weight", self.position_embedding
-        yield from super().named_weights()
+        return self.look_up(token_ids, batch) + self.positions(positions)
 
 
 class _TransposedWeight(DenseWeight):

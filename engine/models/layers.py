@@ -47,15 +47,21 @@ class Module:
             else:
                 yield from part._find(kind)
 
+    def units(self) -> Iterator[Module]:
+        """What is loaded by itself: the parts that have no parts, or this, if it has none."""
+        parts = [part for _, part in self.parts()]
+        if not parts:
+            yield self
+        for part in parts:
+            yield from part.units()
+
     def named_weights(self) -> NamedPlaces:
-        """Name of every checkpoint tensor, and where it goes. Called once: it allocates them."""
-        for _, part in self.parts():
-            yield from part.named_weights()
+        """Of a unit: name of every checkpoint tensor, and where it goes. Called once: it allocates
+        them."""
+        yield from ()
 
     def finish_loading(self) -> None:
-        """Called once, when all weights are in."""
-        for _, part in self.parts():
-            part.finish_loading()
+        """Of a unit: called once, when all its weights are in."""
 
 
 class Linear(Module):
@@ -151,6 +157,21 @@ class ExpertLinears(Module):
             parts = weight.split(list(self._parts.values()))
             for name, part in zip(self._parts, parts, strict=True):
                 yield f"{self.prefix}{expert}.{name}.weight", part
+
+
+class Table(Module):
+    """Rows that are looked up by index: an embedding."""
+
+    def __init__(self, name: str, num_rows: int, size: int, dtype: torch.dtype) -> None:
+        self.name = name
+        self.rows = torch.empty(num_rows, size, dtype=dtype)
+
+    def named_weights(self) -> NamedPlaces:
+        yield f"{self.name}.weight", self.rows
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """indices [num_tokens] -> [num_tokens, size]."""
+        return F.embedding(indices, self.rows)
 
 
 class RMSNorm(Module):

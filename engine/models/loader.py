@@ -4,7 +4,7 @@ tensor."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -14,12 +14,25 @@ from tqdm import tqdm
 
 from loraplex.engine.models.gguf_tensors import TABLE, gguf_tensors
 from loraplex.engine.models.shards import WHOLE, Shard, take_share
-from loraplex.engine.models.stored_tensors import StoredTensor, read_ahead, safetensors_tensors
+from loraplex.engine.models.stored_tensors import (
+    StoredTensor,
+    Tensors,
+    read_ahead,
+    safetensors_tensors,
+)
 from loraplex.engine.models.weights import NamedPlaces, Place
 
 
-class LoadableModel(Protocol):
+class Unit(Protocol):
+    """What is loaded by itself: its memory is taken when its turn comes, and what it only needs
+    until it is laid out is given back before that of the next."""
+
     def named_weights(self) -> NamedPlaces: ...
+    def finish_loading(self) -> None: ...
+
+
+class LoadableModel(Protocol):
+    def units(self) -> Iterable[Unit]: ...
     def current_name(self, name: str) -> str: ...
     def is_ignored(self, name: str) -> bool: ...
     def finish_loading(self) -> None: ...
@@ -45,32 +58,53 @@ def load_weights(model: LoadableModel, path: Path, shard: Shard = WHOLE) -> None
 
     Raises ValueError naming the tensors that are left over, missing or of a wrong shape.
     """
-    # (A function of its own, so that no place outlives it: linears are about to be laid out anew.)
-    _fill(model, path, shard)
+    stored: dict[str, tuple[str, StoredTensor]] = {}
+    leftover, missing = list[str](), list[str]()
+    for name, tensor in _stored_tensors(path):
+        current_name = model.current_name(name)
+        if current_name in stored:
+            leftover.append(name)
+        else:
+            stored[current_name] = name, tensor
+    progress = {"desc": "Loading weights", "unit": "tensor", "leave": False}
+    # None: shown on a terminal, and in no log.
+    with tqdm(total=len(stored), disable=shard.index > 0 or None, **progress) as shown:
+        for unit, tensors in read_ahead(_units(model, stored, missing)):
+            shown.update(len(tensors))
+            _fill(tensors, shard)
+            unit.finish_loading()
+    leftover += [
+        name
+        for current_name, (name, tensor) in stored.items()
+        if not (model.is_ignored(current_name) or _adds_nothing(name, tensor))
+    ]
+    if leftover:
+        raise ValueError(f"the checkpoint has tensors that the model lacks: {_some(leftover)}")
+    if missing:
+        raise ValueError(f"the checkpoint lacks tensors of the model: {_some(missing)}")
     model.finish_loading()
 
 
-def _fill(model: LoadableModel, path: Path, shard: Shard) -> None:
-    places = dict(model.named_weights())
-    leftover: list[str] = []
-    found: list[tuple[str, StoredTensor, Place]] = []
-    for name, stored in _stored_tensors(path):
-        current_name = model.current_name(name)
-        if current_name in places:
-            found.append((name, stored, places.pop(current_name)))
-        elif not (model.is_ignored(current_name) or _adds_nothing(name, stored)):
-            leftover.append(name)
-    progress = {"desc": "Loading weights", "unit": "tensor", "leave": False}
-    # None: shown on a terminal, and in no log.
-    with tqdm(total=len(found), disable=shard.index > 0 or None, **progress) as shown:
-        for name, tensor, place in read_ahead(found):
-            if tensor is not None:
-                copy_to_place(name, take_share(tensor, place.shape, shard), place)
-            shown.update()
-    if leftover:
-        raise ValueError(f"the checkpoint has tensors that the model lacks: {_some(leftover)}")
-    if places:
-        raise ValueError(f"the checkpoint lacks tensors of the model: {_some(list(places))}")
+def _units(
+    model: LoadableModel, stored: dict[str, tuple[str, StoredTensor]], missing: list[str]
+) -> Iterator[tuple[Unit, list[tuple[str, StoredTensor, Place]]]]:
+    """Each unit and its tensors, taken from those stored; as soon as any are missing, no more."""
+    for unit in model.units():
+        places = dict(unit.named_weights())
+        missing += places.keys() - stored.keys()
+        found = [name for name in places if name in stored]
+        tensors = [(*stored.pop(name), places.pop(name)) for name in found]
+        if not missing:
+            yield unit, tensors
+
+
+def _fill(tensors: Tensors, shard: Shard) -> None:
+    """Use up what has been read, so that no place outlives it: a unit is about to be laid out."""
+    while tensors:
+        name, future, place = tensors.popleft()
+        tensor = future.result()
+        if tensor is not None:
+            copy_to_place(name, take_share(tensor, place.shape, shard), place)
 
 
 def _stored_tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
@@ -82,26 +116,32 @@ def _stored_tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 def fill_dummy_weights(model: LoadableModel, seed: int, device: torch.device) -> None:
     """Random weights of a size that keeps activations finite, for benchmarks."""
     generator = torch.Generator(device).manual_seed(seed)
-    for name, place in model.named_weights():
-        if place.shape is None:
-            raise ValueError("load_format='dummy' is not allowed with this kind of checkpoint")
-        if name.endswith(".g_idx"):
-            continue  # GPTQ's order of inputs, which is the plain one already.
-        if not isinstance(place, torch.Tensor):
-            # It quantises what it is given.
-            weight = torch.empty(place.shape, device=device)
-            place.copy_(weight.normal_(0.0, 0.02, generator=generator))
-        elif len(place.shape) == 1 and name.endswith(".weight"):
-            place.fill_(1.0)
-        elif place.is_floating_point():
-            # What a scale is multiplied by is of the size of 8.
-            std = 0.02 / 8 if "scale" in name.rpartition(".")[2] else 0.02
-            # By way of float32, because float8 has no generator.
-            values = torch.empty_like(place, dtype=torch.float32)
-            place.copy_(values.normal_(0.0, std, generator=generator))
-        else:
-            place.random_(generator=generator)
+    for unit in model.units():
+        for name, place in unit.named_weights():
+            _fill_randomly(name, place, generator)
+        unit.finish_loading()
     model.finish_loading()
+
+
+def _fill_randomly(name: str, place: Place, generator: torch.Generator) -> None:
+    if place.shape is None:
+        raise ValueError("load_format='dummy' is not allowed with this kind of checkpoint")
+    if name.endswith(".g_idx"):
+        return  # GPTQ's order of inputs, which is the plain one already.
+    if not isinstance(place, torch.Tensor):
+        # It quantises what it is given.
+        weight = torch.empty(place.shape, device=generator.device)
+        place.copy_(weight.normal_(0.0, 0.02, generator=generator))
+    elif len(place.shape) == 1 and name.endswith(".weight"):
+        place.fill_(1.0)
+    elif place.is_floating_point():
+        # What a scale is multiplied by is of the size of 8.
+        std = 0.02 / 8 if "scale" in name.rpartition(".")[2] else 0.02
+        # By way of float32, because float8 has no generator.
+        values = torch.empty_like(place, dtype=torch.float32)
+        place.copy_(values.normal_(0.0, std, generator=generator))
+    else:
+        place.random_(generator=generator)
 
 
 def copy_to_place(name: str, tensor: torch.Tensor, place: Place) -> None:

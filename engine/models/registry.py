@@ -38,9 +38,11 @@ from loraplex.engine.models.multimodal import (
 from loraplex.engine.models.olmo2 import Olmo2ForCausalLM
 from loraplex.engine.models.phi import Phi3ForCausalLM, PhiForCausalLM
 from loraplex.engine.models.quantization.methods import find_method, quantise
+from loraplex.engine.models.reused_memory import ReusedMemory
 from loraplex.engine.models.shards import WHOLE, Shard, drop_summed_biases
 from loraplex.engine.models.stablelm import StableLmForCausalLM
 from loraplex.engine.models.starcoder2 import Starcoder2ForCausalLM
+from loraplex.engine.models.weights import DenseWeight
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
 
 Model = Decoder | TransformersDecoder
@@ -116,6 +118,11 @@ def build_model(
         model = architecture(hf_config, dtype, max_model_len)
     if method is not None:
         quantise((linear for _, _, linear in model.linears()), method)
+    if device.type == "cpu":
+        memory = ReusedMemory()
+        for _, _, linear in model.linears():
+            if isinstance(linear.weight, DenseWeight):
+                linear.weight.load_into(memory)
     if config.load_format == "dummy":
         fill_dummy_weights(model, config.seed, device)
     else:

@@ -9,16 +9,20 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from loraplex.engine.models.weights import Place
 
 Tensor = torch.Tensor
+Unit = TypeVar("Unit")
+Tensors = deque[tuple[str, Future[Tensor | None], Place]]
+"""Name, tensor and place of each; the tensor is None if it is in its place already."""
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
     "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -26,8 +30,8 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NUM_READERS = 4
-# Tensors that are read before they are asked for.
-READ_AHEAD = 8
+# Of the units behind the one whose turn it is.
+READ_AHEAD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +74,24 @@ class StoredTensor:
 
 
 def read_ahead(
-    tensors: Iterable[tuple[str, StoredTensor, Place]],
-) -> Iterator[tuple[str, Tensor | None, Place]]:
-    """(name, tensor, place) of each, in turn, while threads read those that follow; the tensor is
-    None if it is in its place already."""
+    units: Iterable[tuple[Unit, list[tuple[str, StoredTensor, Place]]]],
+) -> Iterator[tuple[Unit, Tensors]]:
+    """Each unit and its tensors, in turn, while threads read those of the units that follow. The
+    given lists are emptied."""
     with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="weights") as pool:
-        pending: deque = deque()
-        for name, stored, place in tensors:
-            pending.append((name, pool.submit(stored.read_for, place), place))
-            if len(pending) > READ_AHEAD:
-                name, future, place = pending.popleft()
-                yield name, future.result(), place
-        for name, future, place in pending:
-            yield name, future.result(), place
+        ahead: deque[tuple[Unit, Tensors, int]] = deque()
+        num_bytes = 0
+        for unit, wanted in units:
+            size = sum(stored.num_bytes for _, stored, _ in wanted)
+            tensors = deque((n, pool.submit(s.read_for, p), p) for n, s, p in wanted)
+            wanted.clear()
+            ahead.append((unit, tensors, size))
+            num_bytes += size
+            while num_bytes - ahead[0][2] > READ_AHEAD_BYTES:
+                num_bytes -= ahead[0][2]
+                yield ahead.popleft()[:2]
+        while ahead:
+            yield ahead.popleft()[:2]
 
 
 def safetensors_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from loraplex.engine.models.reused_memory import ReusedMemory
 from loraplex.engine.models.streamed_linear import streamed_linear
 
 # The row count that packed weights are laid out for; other counts run on the same layout.
@@ -52,6 +53,7 @@ class DenseWeight:
         self._shape = sum(out_features.values()), in_features
         self._out_features = out_features
         self._tensor = like
+        self._memory: ReusedMemory | None = None
         self._multiply: Callable[..., torch.Tensor] = F.linear
 
     @classmethod
@@ -59,8 +61,16 @@ class DenseWeight:
         """One that is loaded elsewhere."""
         return cls(tensor.shape[1], {"": tensor.shape[0]}, tensor)
 
+    def load_into(self, memory: ReusedMemory) -> None:
+        """Before it is loaded, on the CPU: it needs memory of its own only when it is packed."""
+        self._memory = memory
+
     def places(self) -> NamedPlaces:
-        self._tensor = self._tensor.new_empty(self._shape)
+        if self._memory is None:
+            self._tensor = self._tensor.new_empty(self._shape)
+        else:
+            self._tensor = self._memory.empty(self._shape, self._tensor.dtype)
+            self._memory = None
         parts = self._tensor.split(list(self._out_features.values()))
         for name, part in zip(self._out_features, parts, strict=True):
             yield f"{name}.weight", part
