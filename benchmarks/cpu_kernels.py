@@ -37,6 +37,7 @@ from loraplex.benchmarks.kernel_cases import (
 from loraplex.benchmarks.results import write_result
 from loraplex.benchmarks.roofline import rank_elements
 from loraplex.lora import ops
+from loraplex.lora.page_memory import allocate_pages
 
 # SmolLM2-135M.
 SHAPE = ModelShape(
@@ -87,7 +88,8 @@ class LoraCase:
     def __init__(self, dtype: torch.dtype, num_adapters: int, rows: int, rank: int) -> None:
         page_bytes = SHAPE.page_bytes(dtype.itemsize)
         layout = uniform_layout(SPEC, rank, page_bytes, dtype.itemsize)
-        self.pool = torch.empty(num_adapters * layout.num_pages, page_bytes, dtype=torch.uint8)
+        num_pages = num_adapters * layout.num_pages
+        self.pool = allocate_pages(num_pages * page_bytes).view(num_pages, page_bytes)
         self.pool.view(dtype).normal_()
         self.page_tables = scatter_images(self.pool, layout, num_adapters)
         per_adapter = torch.full((num_adapters,), rows // num_adapters)

@@ -35,6 +35,7 @@ from loraplex.engine.runner.pooled_adapters import PooledAdapters
 from loraplex.engine.text.generation_config import read_default_sampling, read_eos_token_ids
 from loraplex.engine.versions import warn_of_unsuitable_packages
 from loraplex.lora.host_store import HostAdapterStore
+from loraplex.lora.page_memory import allocate_pages
 from loraplex.lora.shards import sharded_spec
 from loraplex.lora.sources.fetcher import AdapterFetcher
 from loraplex.lora.spec import BaseModelSpec
@@ -199,6 +200,10 @@ class TorchDevice:
                 f"pool_bytes={pool_bytes} is not allowed: a page of this model has "
                 f"{self.page_bytes} bytes, and the pool needs two at least"
             )
+        if device.type == "cpu":
+            # Adapters and KV lie anywhere in it: with small pages of the system's that is a miss in
+            # the processor's page tables every few tiles.
+            return allocate_pages(num_pages * self.page_bytes).view(num_pages, self.page_bytes)
         return torch.empty(num_pages, self.page_bytes, dtype=torch.uint8, device=device)
 
     def _join(self, model: Model) -> None:

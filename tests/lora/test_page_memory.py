@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import threading
+from pathlib import Path
 
 import torch
 
-from loraplex.lora.page_memory import PageMemory
+from loraplex.lora.page_memory import PageMemory, allocate_pages
 
 SIZE = 1 << 20
 
@@ -75,3 +76,20 @@ def test_threads_never_share_a_region():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_pages_are_of_a_kind_that_the_system_makes_large():
+    """Of memory that is shared, which looks the same, it makes none as a rule."""
+    pages = allocate_pages(64 * SIZE)
+    pages.fill_(1)
+    address, is_there, facts = pages.data_ptr(), False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            is_there = begin <= address < end
+        if is_there:
+            facts.append(line)
+    assert facts[0].split()[1] == "rw-p"
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        assert "hg" in facts[-1].removeprefix("VmFlags:").split()
