@@ -1,4 +1,4 @@
-"""The real server with the embedded model, in processes of its own."""
+"""The real server, in processes of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from loraplex import EngineConfig
 
 
 @contextmanager
-def serving(adapter_paths: Mapping[str, str], *flags: str) -> Iterator[str]:
+def serving(
+    adapter_paths: Mapping[str, str], *flags: str, model: str = EngineConfig.model
+) -> Iterator[str]:
     """URL of a server with these adapters, in float32; it must end cleanly when asked to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -25,7 +27,7 @@ def serving(adapter_paths: Mapping[str, str], *flags: str) -> Iterator[str]:
     if modules:
         flags = (*flags, "--lora-modules", *modules)
     process = subprocess.Popen(
-        [sys.executable, "-m", "loraplex.entrypoints.cli", "serve", EngineConfig().model,
+        [sys.executable, "-m", "loraplex.entrypoints.cli", "serve", model,
          "--dtype", "float32", "--max-model-len", "512", "--port", str(port),
          *flags]
     )  # fmt: skip
