@@ -8,10 +8,17 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
 from loraplex.engine.adapters.manager import Tier
+from loraplex.engine.beam_search import (
+    BeamSearch,
+    BeamSearchOutput,
+    BeamSearchParams,
+    run_searches,
+)
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
 from loraplex.engine.errors import RequestError, describe
@@ -138,6 +145,26 @@ class LLM:
         return self._complete(
             "messages", prompts, sampling_params, lora_requests, use_tqdm, return_errors
         )
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest sequences for each prompt, instead of drawn ones."""
+        prompts = _as_list(prompts)
+        loras = _one_for_each("lora_request", lora_request, len(prompts))
+        self._locate_all(loras)
+        first = SamplingParams(max_tokens=params.max_tokens)
+        searches = [
+            BeamSearch(self._process("", prompt, first, lora, 0)[0], params)
+            for prompt, lora in zip(prompts, loras, strict=True)
+        ]
+        run_searches(searches, partial(self.generate, use_tqdm=False))
+        return [
+            search.output(self._tokenizer_of(search.request.lora_request)) for search in searches
+        ]
 
     def embed(
         self,
