@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.engine.models.blocks import ForwardBatch, Heads
-from loraplex.engine.models.layers import ExpertLinears, Linear
+from loraplex.engine.models.layers import ExpertLinears, Linear, Routing
+from loraplex.engine.models.moe import mix_experts
 from loraplex.engine.models.weights import DenseWeight
 
 Tensor = torch.Tensor
@@ -141,6 +142,7 @@ class _TransformersLayer:
 
     def __init__(self, block: nn.Module, prefix: str, state: _State) -> None:
         self._linears: list[_ServedLinear] = []
+        self._experts: list[_ServedExperts] = []
         for path, module in list(block.named_modules()):
             if _is_linear(module):
                 parent, _, name = path.rpartition(".")
@@ -148,6 +150,11 @@ class _TransformersLayer:
                 linear.loraplex_state = state
                 setattr(block.get_submodule(parent), name, linear)
                 self._linears.append(linear)
+            elif _is_experts(module):
+                parent, _, name = path.rpartition(".")
+                experts = _ServedExperts(module, f"{prefix}{path}.", state)
+                setattr(block.get_submodule(parent), name, experts)
+                self._experts.append(experts)
 
     def linears(self) -> Iterator[tuple[_ServedLinear, str, Linear]]:
         """Owner, attribute name and value of every linear."""
@@ -155,8 +162,10 @@ class _TransformersLayer:
             yield owner, "linear", owner.linear
 
     def expert_linears(self) -> Iterator[tuple[object, str, ExpertLinears]]:
-        """The same of those of experts: none."""
-        return iter(())
+        """The same of those of experts."""
+        for owner in self._experts:
+            yield owner, "gate_up", owner.gate_up
+            yield owner, "down", owner.down
 
 
 class _ServedLinear(nn.Module):
@@ -179,6 +188,36 @@ class _ServedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x.flatten(0, -2), self.loraplex_state.batch)
         return y.view(*x.shape[:-1], -1)
+
+
+class _ServedExperts(nn.Module):
+    """Has ExpertLinears, or what wraps them, do the work of transformers' experts."""
+
+    gate_up: Any
+    down: Any
+
+    def __init__(self, module: Any, prefix: str, state: _State) -> None:
+        super().__init__()
+        for name, attribute in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
+            weight = getattr(module, name).detach()
+            num_experts, height, width = weight.shape
+            linears = ExpertLinears(prefix, name, num_experts, width, {name: height}, weight)
+            linears.tie(weight)
+            setattr(self, attribute, linears)
+        self._num_experts = num_experts
+        self._apply_gate = module._apply_gate
+        self._state = state
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """x [num_tokens, hidden]; chosen and weights [num_tokens, experts of a token]."""
+        batch = self._state.batch
+
+        def experts(rows: Tensor, routing: Routing) -> Tensor:
+            hidden = self._apply_gate(self.gate_up(rows, batch, routing))
+            y: Tensor = self.down(hidden, batch, routing)
+            return y
+
+        return mix_experts(experts, x, chosen, weights, self._num_experts)
 
 
 def outline_fallback(hf_config: Any) -> TransformersDecoder:
@@ -359,6 +398,15 @@ def _is_linear(module: nn.Module) -> bool:
     # Of a subclass too, if it computes the same.
     return isinstance(module, Conv1D) or (
         isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    )
+
+
+def _is_experts(module: Any) -> bool:
+    """Whether it is experts as most models have them, of which transformers says so."""
+    return (
+        getattr(module, "is_concatenated", False)
+        and module.has_gate
+        and not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
     )
 
 

@@ -146,6 +146,10 @@ class ExpertLinears(Module):
         """x [num_rows, in_features], sorted by expert -> [num_rows, total out_features]."""
         return ops.grouped_linear(x, self._weight, routing.ends)
 
+    def tie(self, weight: Tensor) -> None:
+        """Multiply by what is loaded elsewhere, [num_experts, total out_features, in_features]."""
+        self._weight = weight
+
     def paths(self, prefix: str) -> dict[str, str]:
         """As of a Linear."""
         return {name: f"{self.prefix}{name}".removeprefix(prefix) for name in self.out_features}

@@ -5,6 +5,7 @@ Nothing here waits for the device: each token's experts are found, sorted and mu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,28 @@ class Experts(Module):
         return self.down(ops.silu_and_mul(self.gate_up(x, batch, routing)), batch, routing)
 
 
+def mix_experts(
+    experts: Callable[[Tensor, Routing], Tensor],
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    num_experts: int,
+) -> Tensor:
+    """The weighted sums of what each token's experts make of it.
+
+    experts: of rows that are sorted by expert; x [num_tokens, hidden]; chosen int64 and weights
+    [num_tokens, experts of a token]; the result is like x.
+    """
+    order = chosen.flatten().argsort(stable=True)
+    every = torch.arange(num_experts, device=x.device)
+    ends = (chosen.flatten() == every[:, None]).sum(1).cumsum(0).int()
+    tokens = order // chosen.shape[1]
+    y = experts(x[tokens], Routing(ends, tokens))
+    # Back in the order of tokens, so that sums are the same each time.
+    y = y[order.argsort()].view(*chosen.shape, -1)
+    return (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
 class SparseMLP(FeedForward):
     """Each token goes to the experts that a router likes best, and gets their weighted sum."""
 
@@ -50,14 +73,13 @@ class SparseMLP(FeedForward):
         weights, chosen = scores.topk(self.num_per_token, dim=-1)
         if self.is_normalised:
             weights = weights / weights.sum(-1, keepdim=True)
-        order = chosen.flatten().argsort(stable=True)
-        every = torch.arange(scores.shape[1], device=x.device)
-        ends = (chosen.flatten() == every[:, None]).sum(1).cumsum(0).int()
-        tokens = order // self.num_per_token
-        y = self.experts(x[tokens], batch, Routing(ends, tokens))
-        # Back in the order of tokens, so that sums are the same each time.
-        y = y[order.argsort()].view(*chosen.shape, -1)
-        return (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        return mix_experts(
+            lambda rows, routing: self.experts(rows, batch, routing),
+            x,
+            chosen,
+            weights,
+            scores.shape[1],
+        )
 
 
 def _make_mlp(model: LlamaForCausalLM, prefix: str, num_experts: int, size: int) -> SparseMLP:

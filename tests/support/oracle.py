@@ -51,10 +51,12 @@ class Oracle:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._make_cache = Float8Cache if float8_kv else DynamicCache
-        (architecture,) = AutoConfig.from_pretrained(model_path).architectures
-        # Eager, since some versions of transformers drop Gemma 2's soft cap in others.
+        config = AutoConfig.from_pretrained(model_path)
+        (architecture,) = config.architectures
+        # Some versions of transformers drop soft caps, if it is not told to be eager.
+        has_cap = getattr(config, "attn_logit_softcapping", None)
         model = getattr(transformers, architecture).from_pretrained(
-            model_path, dtype=dtype, attn_implementation="eager"
+            model_path, dtype=dtype, attn_implementation="eager" if has_cap else None
         )
         self.model = model.eval()
         for name, path in adapters.items():
