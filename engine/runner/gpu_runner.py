@@ -22,6 +22,7 @@ from loraplex.attention.metadata import AttentionMetadata
 from loraplex.engine.messages import TokenLogprobs
 from loraplex.engine.models.registry import Model
 from loraplex.engine.runner import sampler
+from loraplex.engine.runner.adjusted_logits import adjust
 from loraplex.engine.runner.model_runner import (
     DeviceBatch,
     end_batch,
@@ -328,7 +329,7 @@ class GpuModelRunner:
             logprobs = sampled.logprobs
         elif sampling.adjustments is not None or sampling.temperature.any():
             if sampling.adjustments is not None:
-                logits = sampler.adjust(logits, sampling.adjustments)
+                logits = adjust(logits, sampling.adjustments)
             chosen = torch.empty(len(logits), dtype=torch.int64, device=self._device)
             fields = [self._inputs.device[name][: len(logits)] for name in SAMPLING_FIELDS]
             native.sample(chosen, logits, *fields)

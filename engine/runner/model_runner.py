@@ -16,6 +16,7 @@ from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.layers import ExpertLinears, Linear
 from loraplex.engine.models.registry import Model, kv_block_shape, model_layers
 from loraplex.engine.runner import sampler
+from loraplex.engine.runner.logprobs import prompt_logprobs
 from loraplex.engine.step import FinishedStep, PromptLogprobsSpan, StepBatch, StepResult
 from loraplex.lora.ends import EmbeddingWithLoRA, EndBatch, HeadWithLoRA
 from loraplex.lora.layers import CpuLoRABatch, ExpertsWithLoRA, LinearWithLoRA, LoRABatch
@@ -140,9 +141,7 @@ def score_prompt(
         row = span.first_row + start
         head = None if ends is None else ends.head_of(np.arange(row, row + len(target_ids)))
         logits = model.logits(hidden[row : row + len(target_ids)], head)
-        scores += sampler.prompt_logprobs(
-            logits, target_ids.long().to(logits.device), span.num_logprobs
-        )
+        scores += prompt_logprobs(logits, target_ids.long().to(logits.device), span.num_logprobs)
     return scores
 
 

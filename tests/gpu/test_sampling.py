@@ -8,7 +8,7 @@ import torch
 from sampling_rows import ALL_SHAPES, make_batch, make_rows, num_unlike_the_sampler, sample
 
 from loraplex.engine.messages import EngineRequest
-from loraplex.engine.runner import sampler
+from loraplex.engine.runner.adjusted_logits import adjust
 from loraplex.engine.runner.sampling_state import SamplingState
 from loraplex.engine.sampling_params import SamplingParams
 
@@ -101,10 +101,10 @@ def test_adjusting_logits_waits_for_nothing() -> None:
     assert batch.adjustments is not None
     logits = torch.randn(64, vocab_size).bfloat16()
     on_gpu = logits.cuda()
-    sampler.adjust(on_gpu, batch.adjustments)  # pins memory, once
+    adjust(on_gpu, batch.adjustments)  # pins memory, once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        adjusted = sampler.adjust(on_gpu, batch.adjustments)
+        adjusted = adjust(on_gpu, batch.adjustments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(adjusted.cpu(), sampler.adjust(logits, batch.adjustments))
+    torch.testing.assert_close(adjusted.cpu(), adjust(logits, batch.adjustments))

@@ -14,7 +14,10 @@ from transformers import (
 )
 
 from loraplex.engine.messages import EngineRequest
+from loraplex.engine.runner import logits as logits_module
 from loraplex.engine.runner import sampler
+from loraplex.engine.runner.adjusted_logits import adjust, adjust_part
+from loraplex.engine.runner.logprobs import prompt_logprobs
 from loraplex.engine.runner.sampling_state import SamplingState, generator_state, uniform
 from loraplex.engine.sampling_params import SamplingParams
 
@@ -210,7 +213,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_chunks(monkeypatch):
     for row in range(len(logits)):
         assert requests.sample(logits, np.array([row])).token_ids[0] == together[row]
     for chunk in (1, 4 * 1024, 7 * 1024):
-        monkeypatch.setattr(sampler, "CPU_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(logits_module, "CPU_CHUNK_ELEMENTS", chunk)
         assert requests.sample(logits).token_ids.tolist() == together.tolist()
 
 
@@ -324,7 +327,7 @@ def test_repetition_penalty_is_that_of_transformers(penalty):
     )
     params = SamplingParams(repetition_penalty=penalty, temperature=0)
     batch = Requests([params] * 8, prompts, outputs).batch()
-    adjusted = sampler._adjust(logits, batch.adjustments, np.arange(8))
+    adjusted = adjust_part(logits, batch.adjustments, np.arange(8))
     assert torch.equal(adjusted, expected)
 
 
@@ -373,9 +376,9 @@ def test_adjusted_logits_follow_the_definitions(dtype, monkeypatch):
             strict=True,
         )
     ]  # fmt: skip
-    monkeypatch.setattr(sampler, "CPU_CHUNK_ELEMENTS", 700)
+    monkeypatch.setattr(logits_module, "CPU_CHUNK_ELEMENTS", 700)
     batch = requests.batch(vocab_size=100)
-    adjusted = sampler.adjust(logits, batch.adjustments)
+    adjusted = adjust(logits, batch.adjustments)
     np.testing.assert_allclose(adjusted.numpy(), np.array(expected), rtol=1e-5, atol=1e-5)
     is_greedy = batch.temperature == 0
     token_ids = sample_natively(adjusted, batch)
@@ -462,10 +465,10 @@ def test_no_logprobs_where_nobody_asked():
 
 @pytest.mark.parametrize("num_logprobs", [0, 3])
 def test_prompt_logprobs(num_logprobs, monkeypatch):
-    monkeypatch.setattr(sampler, "CPU_CHUNK_ELEMENTS", 3 * 1024)
+    monkeypatch.setattr(logits_module, "CPU_CHUNK_ELEMENTS", 3 * 1024)
     logits = make_logits(8, 1024, 31)
     targets = torch.cat([logits[:4].argmax(-1), torch.tensor([5, 1023, 0, 77])])
-    scores = sampler.prompt_logprobs(logits, targets, num_logprobs)
+    scores = prompt_logprobs(logits, targets, num_logprobs)
     assert len(scores) == 8
     for row in range(8):
         assert_scores(scores[row], logits[row], int(targets[row]), num_logprobs)
@@ -474,5 +477,5 @@ def test_prompt_logprobs(num_logprobs, monkeypatch):
 def test_logprobs_with_ties_rank_by_token_id():
     logits = (torch.randint(0, 5, (6, 2048)) / 4).bfloat16()
     targets = torch.tensor([0, 5, 99, 700, 1500, 2047])
-    for row, scores in enumerate(sampler.prompt_logprobs(logits, targets, 30)):
+    for row, scores in enumerate(prompt_logprobs(logits, targets, 30)):
         assert_scores(scores, logits[row], int(targets[row]), 30)

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from loraplex.engine.core import EngineCore
 from loraplex.engine.errors import RequestError
 from loraplex.engine.messages import FinishReason
+from loraplex.engine.runner import logits as logits_module
 from loraplex.engine.runner import sampler
 from loraplex.engine.runner.sampling_state import SamplingBatch, SamplingState
 from loraplex.engine.sampling_params import SamplingParams
@@ -286,7 +287,7 @@ def batch_of(state: SamplingState, num_rows: int) -> SamplingBatch:
 @pytest.mark.parametrize("vocab_size", [64, 1000])
 def test_only_masked_rows_are_masked(vocab_size, monkeypatch):
     """Among rows with other adjustments and none, in chunks of any size."""
-    monkeypatch.setattr(sampler, "CPU_CHUNK_ELEMENTS", 3 * vocab_size)
+    monkeypatch.setattr(logits_module, "CPU_CHUNK_ELEMENTS", 3 * vocab_size)
     state = SamplingState(16, vocab_size)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(12, vocab_size, generator=generator).bfloat16()
