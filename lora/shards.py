@@ -1,18 +1,20 @@
 """Adapters for a model whose linears are divided among processes.
 
 Of a linear that has some of the outputs in each process, B is divided and A is whole; of one that
-has some of the inputs, A is divided and B is whole, since the products are summed.
+has some of the inputs, A is divided and B is whole, since the products are summed. Every process
+has a share of each expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from loraplex.lora.image import AdapterImage, AdapterWeights, pack_image
 from loraplex.lora.page_memory import Allocate, allocate_pages
-from loraplex.lora.spec import AdapterError, BaseModelSpec
+from loraplex.lora.spec import AdapterError, BaseModelSpec, parts_of_share
 
 
 def sharded_spec(whole: BaseModelSpec, shard: BaseModelSpec, num_shards: int) -> BaseModelSpec:
@@ -47,17 +49,18 @@ def pack_shards(
 def _shard(
     weights: AdapterWeights, whole: BaseModelSpec, shard: BaseModelSpec, index: int
 ) -> AdapterWeights:
-    a, b = {}, {}
+    a, b, count = dict(weights.a), dict(weights.b), whole.num_shards
     for place in weights.a:
         module, share = whole.modules[place[1]], shard.modules[place[1]]
-        a[place] = _share(weights.a[place], 1, module.in_features, share.in_features, index)
-        b[place] = _share(weights.b[place], 0, module.out_features, share.out_features, index)
+        if share.in_features < module.in_features:
+            a[place] = _take_part(a[place], -1, (1,), index, count)
+        if share.out_features < module.out_features:
+            b[place] = _take_part(b[place], -2, module.sections, index, count)
     return replace(weights, a=a, b=b)
 
 
-def _share(
-    matrix: torch.Tensor, dimension: int, whole_size: int, size: int, index: int
+def _take_part(
+    matrix: torch.Tensor, dimension: int, sections: Sequence[int], index: int, count: int
 ) -> torch.Tensor:
-    if size == whole_size:
-        return matrix
-    return matrix.narrow(dimension, size * index, size).contiguous()
+    parts = parts_of_share(matrix.shape[dimension], sections, index, count)
+    return torch.cat([matrix.narrow(dimension, *part) for part in parts], dimension)

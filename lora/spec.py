@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,6 +39,8 @@ class LoRAModule:
     """More: it is as many linears, and each row goes to those of the experts that it is for."""
     layers: frozenset[int] | None = None
     """Those that have it; None: all."""
+    sections: tuple[int, ...] = (1,)
+    """The relative sizes of parts of its outputs, each of which is divided where the model is."""
 
 
 class BaseLinears(Protocol):
@@ -152,3 +154,23 @@ class BaseModelSpec:
     def module_path(self, layer: int, module_id: int) -> str:
         """As in "model.layers.0.self_attn.q_proj"."""
         return f"{self.layer_path}.{layer}.{self.modules[module_id].path}"
+
+
+def parts_of_share(
+    size: int, sections: Sequence[int], index: int, count: int
+) -> Iterator[tuple[int, int]]:
+    """Begin and length of what one of `count` shares has of a dimension of this size: a part of
+    each of its sections, whose relative sizes are given.
+
+    Raises ValueError for a section that can't be divided.
+    """
+    begin, total = 0, sum(sections)
+    for section in sections:
+        length, rest = divmod(size * section, total * count)
+        if rest:
+            raise ValueError(
+                f"tensor_parallel_size={count} is not allowed: it must divide the parts of {size} "
+                f"outputs, which are of sizes like {list(sections)}"
+            )
+        yield begin + length * index, length
+        begin += length * count

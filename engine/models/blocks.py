@@ -72,6 +72,7 @@ class HeadSplit(Module):
 
     def __init__(self, heads: Heads) -> None:
         self.heads = heads
+        self.widths: tuple[int, ...] = heads.q_size, heads.kv_size, heads.kv_size
 
     def __call__(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [num_tokens, q_size + 2 kv_size] -> q, k, v [num_tokens, heads, head_dim]."""
@@ -105,6 +106,10 @@ class WholeNormSplit(HeadNormSplit):
 
 class GroupedSplit(HeadSplit):
     """Rows of qkv go by KV head: the queries of its group, its key, its value."""
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__(heads)
+        self.widths = (sum(self.widths),)
 
     def __call__(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.heads

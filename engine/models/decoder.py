@@ -143,16 +143,29 @@ class Decoder(Module):
     ) -> Linear:
         return Linear(prefix, in_features, out_features, self.dtype, has_bias)
 
+    def joined_linear(
+        self,
+        prefix: str,
+        in_features: int,
+        names: tuple[str, ...],
+        sizes: tuple[int, ...],
+        has_bias: bool,
+    ) -> Linear:
+        """Of outputs of these sizes, which have names in the checkpoint, or one together."""
+        if len(names) > 1:
+            return self.linear(prefix, in_features, dict(zip(names, sizes, strict=True)), has_bias)
+        linear = self.linear(prefix, in_features, {names[0]: sum(sizes)}, has_bias)
+        linear.sections = sizes
+        return linear
+
     def make_attention(self, index: int, prefix: str) -> Attention:
-        hidden, q_size, kv_size = self.config.hidden_size, self.heads.q_size, self.heads.kv_size
+        hidden, split = self.config.hidden_size, self.make_split(prefix)
         return Attention(
             index,
-            self.linear(
-                prefix, hidden, _widths(self.QKV, q_size, kv_size, kv_size), self.has_qkv_bias
-            ),
-            self.make_split(prefix),
+            self.joined_linear(prefix, hidden, self.QKV, split.widths, self.has_qkv_bias),
+            split,
             self.rope_of(index),
-            self.linear(prefix, q_size, {self.OUT: hidden}, self.has_out_bias),
+            self.linear(prefix, self.heads.q_size, {self.OUT: hidden}, self.has_out_bias),
             self.window(index),
         )
 
@@ -166,7 +179,7 @@ class Decoder(Module):
     def gated_mlp(self, prefix: str, activation_field: str, has_bias: bool = False) -> MLP:
         hidden, size = self.config.hidden_size, self.config.intermediate_size
         return MLP(
-            self.linear(prefix, hidden, _widths(self.GATE_UP, size, size), has_bias),
+            self.joined_linear(prefix, hidden, self.GATE_UP, (size, size), has_bias),
             gated_activation(self.config, activation_field),
             self.linear(prefix, size, {"down_proj": hidden}, has_bias),
         )
@@ -245,8 +258,3 @@ class Decoder(Module):
         for layer in self.layers:
             x = layer(x, residual, positions, batch)
         return self.norm.add(x, residual)
-
-
-def _widths(names: tuple[str, ...], *sizes: int) -> dict[str, int]:
-    """Rows by name of checkpoint tensor, where one name stands for all."""
-    return {names[0]: sum(sizes)} if len(names) == 1 else dict(zip(names, sizes, strict=True))

@@ -25,6 +25,10 @@ class Module:
     """A part of a model. Its own parts are those of its attributes that are Modules, and those in
     lists of them."""
 
+    sections: tuple[int, ...] = (1,)
+    """Of a unit: the relative sizes of what is above each other in a tensor of the checkpoint, as
+    q, k and v may be. A share of the model has its part of each."""
+
     def parts(self) -> Iterator[tuple[str, Module]]:
         """Attribute name and value, in the order in which they were set."""
         for name, value in vars(self).items():
@@ -139,7 +143,7 @@ class ExpertLinears(Module):
         self.num_experts = num_experts
         self.in_features = in_features
         self.out_features = {name: sum(out_features.values())}
-        self._parts = out_features
+        self.parts_of_output = out_features
         self._weight = like
 
     def __call__(self, x: Tensor, batch: Any, routing: Routing) -> Tensor:
@@ -158,8 +162,8 @@ class ExpertLinears(Module):
         (height,) = self.out_features.values()
         self._weight = self._weight.new_empty(self.num_experts, height, self.in_features)
         for expert, weight in enumerate(self._weight):
-            parts = weight.split(list(self._parts.values()))
-            for name, part in zip(self._parts, parts, strict=True):
+            parts = weight.split(list(self.parts_of_output.values()))
+            for name, part in zip(self.parts_of_output, parts, strict=True):
                 yield f"{self.prefix}{expert}.{name}.weight", part
 
 

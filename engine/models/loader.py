@@ -4,7 +4,7 @@ tensor."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,8 @@ class Unit(Protocol):
     """What is loaded by itself: its memory is taken when its turn comes, and what it only needs
     until it is laid out is given back before that of the next."""
 
+    @property
+    def sections(self) -> Sequence[int]: ...
     def named_weights(self) -> NamedPlaces: ...
     def finish_loading(self) -> None: ...
 
@@ -71,7 +73,7 @@ def load_weights(model: LoadableModel, path: Path, shard: Shard = WHOLE) -> None
     with tqdm(total=len(stored), disable=shard.index > 0 or None, **progress) as shown:
         for unit, tensors in read_ahead(_units(model, stored, missing)):
             shown.update(len(tensors))
-            _fill(tensors, shard)
+            _fill(tensors, shard, unit.sections)
             unit.finish_loading()
     leftover += [
         name
@@ -98,13 +100,13 @@ def _units(
             yield unit, tensors
 
 
-def _fill(tensors: Tensors, shard: Shard) -> None:
+def _fill(tensors: Tensors, shard: Shard, sections: Sequence[int]) -> None:
     """Use up what has been read, so that no place outlives it: a unit is about to be laid out."""
     while tensors:
         name, future, place = tensors.popleft()
         tensor = future.result()
         if tensor is not None:
-            copy_to_place(name, take_share(tensor, place.shape, shard), place)
+            copy_to_place(name, take_share(tensor, place.shape, shard, sections), place)
 
 
 def _stored_tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:

@@ -167,13 +167,23 @@ def base_model_spec(hf_config: Any) -> BaseModelSpec:
 
 
 def _modules(layer: HasLinears, prefix: str) -> list[LoRAModule]:
-    linears: list[tuple[Linear | ExpertLinears, int]] = [
-        *((linear, 1) for _, _, linear in layer.linears()),
-        *((experts, experts.num_experts) for _, _, experts in layer.expert_linears()),
+    linears: list[tuple[Linear | ExpertLinears, int, tuple[int, ...]]] = [
+        *((linear, 1, linear.sections) for _, _, linear in layer.linears()),
+        *(
+            (experts, experts.num_experts, tuple(experts.parts_of_output.values()))
+            for _, _, experts in layer.expert_linears()
+        ),
     ]
     return [
-        LoRAModule(name, path, linear.in_features, linear.out_features[name], num_experts)
-        for linear, num_experts in linears
+        LoRAModule(
+            name,
+            path,
+            linear.in_features,
+            linear.out_features[name],
+            num_experts,
+            sections=sections,
+        )
+        for linear, num_experts, sections in linears
         for name, path in linear.paths(prefix).items()
     ]
 

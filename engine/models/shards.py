@@ -2,24 +2,29 @@
 
 A share is a model of its own, with some of the heads, of the MLP's width and of the vocabulary. Its
 linears are smaller than the checkpoint's by a factor, in one dimension, and so are the tensors they
-are stored in, quantised or not.
+are stored in, quantised or not. Where a tensor has several things above each other, q, k and v say,
+a share has some of each. Experts are all in every share, each with some of its width.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from loraplex.engine.models.blocks import MLP, HeadNormSplit, HeadSplit
+from loraplex.engine.models.blocks import MLP, GroupedSplit, HeadNormSplit, HeadSplit
 from loraplex.engine.models.config import head_dim, num_kv_heads
 from loraplex.engine.models.decoder import Decoder
+from loraplex.engine.models.falcon import FalconForCausalLM
+from loraplex.engine.models.moe import SparseMLP
+from loraplex.lora.spec import parts_of_share
 
 DIVIDED_FIELDS = (
-    "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size",
+    "n_inner", "vocab_size",
 )  # fmt: skip
 
 
@@ -41,8 +46,12 @@ def shard_config(hf_config: Any, count: int) -> Any:
     share = copy.deepcopy(hf_config)
     share.head_dim = head_dim(hf_config)
     share.num_key_value_heads = num_kv_heads(hf_config)
+    if getattr(share, "n_inner", 0) is None:
+        share.n_inner = 4 * share.hidden_size
     for field in DIVIDED_FIELDS:
-        value = getattr(share, field)
+        value = getattr(share, field, None)
+        if value is None:
+            continue
         if value % count:
             raise ValueError(
                 f"tensor_parallel_size={count} is not allowed: it must divide {field}={value} of "
@@ -53,42 +62,47 @@ def shard_config(hf_config: Any, count: int) -> Any:
 
 
 def check_shardable(outline: Any, count: int) -> None:
-    """Raises ValueError for an architecture whose linears can't be divided by shape alone."""
+    """Raises ValueError for an architecture whose parts can't be divided by shape and sections
+    alone."""
     is_plain = isinstance(outline, Decoder) and all(
-        type(layer.attention.split) in (HeadSplit, HeadNormSplit)
-        and len(layer.attention.qkv_proj.out_features) == len(outline.QKV) == 3
-        and type(getattr(layer, "mlp", None)) is MLP
-        and len(outline.GATE_UP) == 2
+        type(layer.attention.split) in (HeadSplit, HeadNormSplit, GroupedSplit)
+        and type(getattr(layer, "mlp", None)) in (MLP, SparseMLP)
         for layer in outline.layers
     )
-    if count > 1 and not is_plain:
+    if count > 1 and (not is_plain or isinstance(outline, FalconForCausalLM)):
         raise ValueError(
             f"tensor_parallel_size={count} is not supported for {type(outline).__name__}: it must "
-            "be an architecture of dense layers with projections for each of q, k, v, gate and up"
+            "be an architecture with a class of its own other than Falcon, and norm each head alone"
         )
 
 
-def take_share(tensor: torch.Tensor, shape: torch.Size | None, shard: Shard) -> torch.Tensor:
+def take_share(
+    tensor: torch.Tensor, shape: torch.Size | None, shard: Shard, sections: Sequence[int] = (1,)
+) -> torch.Tensor:
     """What a place of this shape takes of a tensor that may be larger by a factor, in one
-    dimension."""
+    dimension, and has sections there if it has more outputs."""
     if shape is None or len(shape) != tensor.dim():
         return tensor
     for dimension, size in enumerate(shape):
         if tensor.shape[dimension] == size * shard.count != size:
-            return tensor.narrow(dimension, size * shard.index, size)
+            parts = parts_of_share(tensor.shape[dimension], sections, shard.index, shard.count)
+            return torch.cat([tensor.narrow(dimension, *part) for part in parts], dimension)
     return tensor
 
 
 def summed_linears(layer: Any) -> Iterator[tuple[Any, str]]:
-    """Owner and attribute name of the linears whose outputs are summands of the whole's."""
+    """Owner and attribute name of what gives summands of the whole's outputs."""
     yield layer.attention, "out_proj"
-    yield layer.mlp, "down_proj"
+    if isinstance(layer.mlp, SparseMLP):
+        yield layer, "mlp"  # Each token's experts are summed first.
+    else:
+        yield layer.mlp, "down_proj"
 
 
 def drop_summed_biases(model: Any) -> None:
     """In all shares but the first: a bias is summed once."""
     for layer in model.layers:
         for owner, name in summed_linears(layer):
-            bias = getattr(owner, name).bias
+            bias = getattr(getattr(owner, name), "bias", None)
             if bias is not None:
                 bias.zero_()

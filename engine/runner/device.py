@@ -87,9 +87,7 @@ class TorchDevice:
         )
         kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype)
         self.page_bytes = page_bytes(hf_config, config.block_size, kv_dtype)
-        spec = base_model_spec(hf_config)
-        if device.type == "cuda":
-            spec = spec.without_experts("LoRA on experts is served on the CPU, not on GPUs")
+        spec = _spec(hf_config, device)
         outline = outline_model(hf_config)
         backend = get_backend(
             config.attention_backend,
@@ -130,7 +128,7 @@ class TorchDevice:
         self.num_pages = len(memory)
         if shard.index == 0:
             if shard.count > 1:
-                spec = sharded_spec(base_model_spec(whole_config), spec, shard.count)
+                spec = sharded_spec(_spec(whole_config, device), spec, shard.count)
             chosen = config.adapter_cache_directory
             directory = Path(chosen).expanduser() if chosen else cache_root() / "adapters"
             store = self._adapter_store(config, wake, model, spec)
@@ -238,6 +236,13 @@ def resolve_device(config: EngineConfig, shard: Shard = WHOLE) -> torch.device:
             "where pool_bytes sizes the pool: leave it out"
         )
     return torch.device("cpu")
+
+
+def _spec(hf_config: Any, device: torch.device) -> BaseModelSpec:
+    spec = base_model_spec(hf_config)
+    if device.type == "cuda":
+        spec = spec.without_experts("LoRA on experts is served on the CPU, not on GPUs")
+    return spec
 
 
 def _resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:

@@ -204,7 +204,11 @@ def run_worker() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         # Both reach the whole group of processes, and the first may have work left for this one.
         signal.signal(number, signal.SIG_IGN)
-    connection = Connection(int(sys.argv[1]))
+    serve(Connection(int(sys.argv[1])))
+
+
+def serve(connection: Connection) -> None:
+    """Be the worker at the other end."""
     start = connection.recv()
     try:
         device = TorchDevice(start.config, lambda: None, start.shard, start.directory)

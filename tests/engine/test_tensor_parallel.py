@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
-from architectures import tiny_config
+from architecture_check import check_batch
+from architectures import all_linears, architecture_of, tiny_config, write_random_model
 from quantised_models import SHAPE
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.benchmarks.synthetic_adapters import write_adapter
 from loraplex.engine.models.registry import lora_spec, outline_model
 from loraplex.engine.models.shards import check_shardable
+from loraplex.engine.runner import parallel_device
 
 OPTIONS = {
     "dtype": "float32", "device": "cpu", "skip_tokenizer_init": True, "max_num_seqs": 8,
@@ -24,6 +29,24 @@ ADAPTERS = {
     "r1": (1, ["q_proj", "v_proj", "up_proj"]),
     "r8": (8, ["o_proj", "down_proj"]),
     "r20": (20, ["k_proj", "gate_proj", "down_proj"]),
+}
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+# By case: how it differs from the ordinary tests', where something is odd.
+DIVISIBLE: dict[str, dict[str, object]] = {
+    "Mixtral": HEADS,
+    "Qwen3-MoE, a dense layer": HEADS,
+    "Phi-3": HEADS,
+    "GPT-2": {"num_attention_heads": 4},
+    "GPT-NeoX": {"num_attention_heads": 4},
+    "Phi-2, norms on q and k": HEADS,
+    "Command-R+": HEADS,
+    "Command-R7B": HEADS,
+    "Gemma 3": HEADS,
+    "StarCoder2": HEADS,
+    "Granite": HEADS,
+    "StableLM": {"hidden_size": 256, **HEADS},
+    "SmolLM3": HEADS,
 }
 
 
@@ -118,15 +141,39 @@ def test_sizes_that_do_not_divide_are_refused_by_name(count, field, model_path):
         LLM(str(model_path), tensor_parallel_size=count, **OPTIONS)
 
 
-def test_fused_projections_are_refused_by_name():
-    outline = outline_model(Phi3Config(architectures=["Phi3ForCausalLM"], pad_token_id=0))
-    with pytest.raises(ValueError, match="tensor_parallel_size=2 .*Phi3ForCausalLM"):
+class WorkerThread:
+    """In place of a worker's process, which takes seconds to start."""
+
+    def __init__(self, command: list[str], pass_fds: list[int], **options: object) -> None:
+        connection = Connection(os.dup(pass_fds[0]))
+        self._thread = Thread(target=parallel_device.serve, args=(connection,), daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+    def kill(self) -> None:
+        raise AssertionError("the worker has not ended")
+
+
+@pytest.mark.parametrize("case", [*DIVISIBLE])
+def test_architectures_in_two_shares_equal_transformers(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+):
+    """With adapters on all that they may be on."""
+    config = tiny_config(case, vocab_size=132, **DIVISIBLE[case])
+    adapters = write_random_model(config, tmp_path, all_linears(config))
+    monkeypatch.setattr(parallel_device.subprocess, "Popen", WorkerThread)
+    check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("case", ["StableLM 2 12B", "OLMo 2", "Falcon 40B", "OPT"])
+def test_other_architectures_are_refused_by_name(case: str):
+    config = tiny_config(case)
+    config.architectures = [architecture_of(config)]
+    outline = outline_model(config)
+    with pytest.raises(
+        ValueError, match=f"tensor_parallel_size=2 is not supported for {type(outline).__name__}"
+    ):
         check_shardable(outline, 2)
     check_shardable(outline, 1)
-
-
-def test_heads_whose_norms_are_numbered_are_not_divided():
-    config = tiny_config("StableLM 2 12B")
-    config.architectures = ["StableLmForCausalLM"]
-    with pytest.raises(ValueError, match="tensor_parallel_size=2 is not supported for StableLm"):
-        check_shardable(outline_model(config), 2)

@@ -26,9 +26,9 @@ def check_model(
     check_batch(directory / "model", write_random_model(config, directory, targets), device)
 
 
-def check_batch(model: Path, adapters: dict[str, Path], device: str) -> None:
+def check_batch(model: Path, adapters: dict[str, Path], device: str, **options: Any) -> None:
     """Greedy tokens and log-probabilities of a batch that mixes the base model with adapters, in
-    float32, are those of transformers and PEFT."""
+    float32, are those of transformers and PEFT. options: of the LLM."""
     rng = random.Random(0)
     prompts, names = [], []
     for length in PROMPT_LENGTHS:
@@ -39,6 +39,7 @@ def check_batch(model: Path, adapters: dict[str, Path], device: str) -> None:
     with LLM(
         str(model), dtype="float32", device=device, max_num_batched_tokens=16,
         max_num_seqs=8, max_model_len=MAX_MODEL_LEN, pool_bytes=1 << 23, skip_tokenizer_init=True,
+        **options,
     ) as llm:  # fmt: skip
         outputs = llm.generate(
             prompts,

@@ -236,11 +236,11 @@ def other_config(model_type: str) -> PreTrainedConfig:
     )
 
 
-def tiny_config(case: str) -> PreTrainedConfig:
-    """The transformers config of a case."""
+def tiny_config(case: str, **changes: Any) -> PreTrainedConfig:
+    """The transformers config of a case, but for these fields."""
     values = {
         name: value
-        for name, value in {**SIZES, **{**CASES, **FALLBACK_CASES}[case]}.items()
+        for name, value in {**SIZES, **{**CASES, **FALLBACK_CASES}[case], **changes}.items()
         if value is not None
     }
     return AutoConfig.for_model(**{"pad_token_id": None, **values}, dtype="float32")
