@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from loraplex.benchmarks.workloads import LLAMA_3_VOCAB_SIZE
-from loraplex.engine.adapters.manager import AdapterFiles, Identity
+from loraplex.engine.adapters.store import AdapterFiles, Identity
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.messages import ModelInfo
 from loraplex.engine.step import StepBatch, StepResult

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from loraplex.engine.adapters.manager import Tier
+from loraplex.engine.adapters.store import Tier
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_client import CoreClient, EngineDeadError
 from loraplex.engine.errors import RequestError

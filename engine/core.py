@@ -15,8 +15,9 @@ from itertools import islice
 from typing import Any, Protocol
 
 from loraplex.engine.adapters.lifecycle import AdapterLifecycle
-from loraplex.engine.adapters.manager import AdapterManager, AdapterStore, Tier
+from loraplex.engine.adapters.manager import AdapterManager
 from loraplex.engine.adapters.resolver import AdapterResolver
+from loraplex.engine.adapters.store import AdapterStore, Tier
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import RequestError
 from loraplex.engine.lora_request import LoRARequest

@@ -12,7 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
-from loraplex.engine.adapters.manager import Tier
+from loraplex.engine.adapters.store import Tier
 from loraplex.engine.beam_search import (
     BeamSearch,
     BeamSearchOutput,

@@ -7,7 +7,6 @@ files, and what calls the store decides when to copy where.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -20,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from loraplex.lora.held_images import HeldImage, HeldImages
 from loraplex.lora.image import AdapterImage
 from loraplex.lora.loader import load_adapter
 from loraplex.lora.page_memory import PageMemory, memory_for_images
@@ -40,21 +40,6 @@ class AdapterFiles(Protocol):
 
 OpenFiles = Callable[[], Future[AdapterFiles]]
 """Begins to bring an adapter's files here; AdapterError, in the future, if that can't be."""
-
-
-@dataclass(slots=True)
-class _Held:
-    """An image in host memory."""
-
-    image: AdapterImage
-    load_seconds: float
-    read_interval: tuple[float, float]
-    """When it was asked for, and was there."""
-    awaited_until: float
-    """Whoever asked for it has until then to copy it, before it may be dropped."""
-    num_copies: int = 0
-    """Copies in progress."""
-    is_pinned: bool = False
 
 
 @dataclass(slots=True)
@@ -84,7 +69,7 @@ class HostAdapterStore:
         await_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """capacity_bytes: memory for images. One that is larger is kept while it is needed.
+        """capacity_bytes: as in HeldImages.
 
         num_threads: readers. More than a few read less: they wait for the process's page tables.
 
@@ -96,23 +81,20 @@ class HostAdapterStore:
         self._spec = spec
         self._page_bytes = page_bytes
         self._dtype = dtype
-        self._capacity_bytes = capacity_bytes
         self._num_threads = num_threads
         self._on_change = on_change
         self._retry_seconds = retry_seconds
         self._await_seconds = await_seconds
         self._clock = clock
         self._lock = Lock()
-        self._held: OrderedDict[Hashable, _Held] = OrderedDict()
+        self._held = HeldImages(capacity_bytes, clock)
         self._failures: OrderedDict[Hashable, _Failure] = OrderedDict()
         self._asked_at: dict[Hashable, float] = {}  # Of those that are not there yet.
         self._opening: set[Hashable] = set()
         self._queue: OrderedDict[Hashable, AdapterFiles] = OrderedDict()
         self._reading: set[Hashable] = set()
         self._unwanted: set[Hashable] = set()  # Of those that are opened or read now.
-        self._num_bytes = 0
-        self._full_until = 0.0  # Until then, or until a copy ends, no image can be dropped.
-        self._num_loads = self._num_failures = self._num_drops = self._loaded_bytes = 0
+        self._num_loads = self._num_failures = 0
         self._load_seconds = 0.0
         self._is_closed = False
         self._copy_stream: torch.cuda.Stream | None = None
@@ -129,9 +111,8 @@ class HostAdapterStore:
         Raises AdapterError if it could not be read, for retry_seconds after that.
         """
         with self._lock:
-            held = self._held.get(key)
+            held = self._held.use(key)
             if held is not None:
-                self._held.move_to_end(key)
                 return held.image
             self._forget_old_failures()
             failure = self._failures.get(key)
@@ -144,7 +125,7 @@ class HostAdapterStore:
             is_under_way = key in self._opening or key in self._queue or key in self._reading
             if is_under_way or self._is_closed:
                 if self._can_read() and not self._has_room():
-                    self._make_room()
+                    self._held.make_room(len(self._reading))
                 self._start_reads()
                 return None
             self._opening.add(key)
@@ -161,10 +142,7 @@ class HostAdapterStore:
             if queued is not None:
                 queued.close()
                 del self._asked_at[key]
-            held = self._held.pop(key, None)
-            if held is not None:
-                self._num_bytes -= held.image.num_bytes
-                self._full_until = 0.0
+            self._held.drop(key)
             self._start_reads()
 
     def pin(self, key: Hashable) -> None:
@@ -173,24 +151,12 @@ class HostAdapterStore:
         Raises AdapterError if there is no room for that.
         """
         with self._lock:
-            held = self._held[key]
-            num_bytes = held.image.num_bytes
-            num_pinned = sum(h.image.num_bytes for h in self._held.values() if h.is_pinned)
-            if not held.is_pinned and num_pinned + num_bytes > self._capacity_bytes:
-                raise AdapterError(
-                    f"there is no room to pin the adapter in host memory: it takes {num_bytes} "
-                    f"bytes, pinned ones take {num_pinned}, and host_adapter_bytes is "
-                    f"{self._capacity_bytes}",
-                    status=409,
-                )
-            held.is_pinned = True
+            self._held.pin(key)
 
     def unpin(self, key: Hashable) -> None:
         """The image may be dropped again, if it is there."""
         with self._lock:
-            if key in self._held:
-                self._held[key].is_pinned = False
-                self._full_until = 0.0
+            self._held.unpin(key)
 
     def image(self, key: Hashable) -> AdapterImage:
         """The image of a key that is in host memory."""
@@ -225,7 +191,7 @@ class HostAdapterStore:
         return self._copiers.submit(self._copy, held, copy)
 
     def _enqueue_copy(
-        self, held: _Held, memory: torch.Tensor, pages: list[int], after_stream: bool
+        self, held: HeldImage, memory: torch.Tensor, pages: list[int], after_stream: bool
     ) -> torch.cuda.Event:
         """The event of its end."""
         if self._copy_stream is None:
@@ -243,11 +209,11 @@ class HostAdapterStore:
         with self._lock:
             return {
                 "images": len(self._held),
-                "bytes": self._num_bytes,
+                "bytes": self._held.num_bytes,
                 "reading": len(self._opening) + len(self._queue) + len(self._reading),
                 "loads": self._num_loads,
                 "failures": self._num_failures,
-                "drops": self._num_drops,
+                "drops": self._held.num_drops,
                 "load_seconds": self._load_seconds,
             }
 
@@ -280,13 +246,12 @@ class HostAdapterStore:
     def check_integrity(self) -> None:
         """The books agree with each other."""
         with self._lock:
-            assert self._num_bytes == sum(h.image.num_bytes for h in self._held.values())
+            self._held.check_integrity()
             assert len(self._reading) <= self._num_threads
             keys = [*self._held, *self._failures, *self._opening, *self._queue, *self._reading]
             assert len(keys) == len(set(keys)), "a key is in one state"
             assert self._unwanted <= self._opening | self._reading
             assert self._asked_at.keys() == {*self._opening, *self._queue, *self._reading}
-            assert all(held.num_copies >= 0 for held in self._held.values())
 
     # -- with the lock held ----------------------------------------------------------------
 
@@ -303,28 +268,10 @@ class HostAdapterStore:
 
     def _is_alone(self) -> bool:
         """Whether nothing is there, or to come, that could make room by and by."""
-        return not self._reading and all(held.is_pinned for held in self._held.values())
+        return not self._reading and self._held.are_all_pinned()
 
     def _has_room(self) -> bool:
-        """Whether what is being read, and one more, fit: an image's size is known when it is."""
-        average_bytes = self._loaded_bytes / max(self._num_loads, 1)
-        expected_bytes = self._num_bytes + average_bytes * (len(self._reading) + 1)
-        return expected_bytes <= self._capacity_bytes
-
-    def _make_room(self) -> None:
-        """Drop images until one more fits, as far as nobody waits for them or copies them."""
-        now = self._clock()
-        if now < self._full_until:
-            return
-        for key, held in list(self._held.items()):
-            if self._has_room():
-                return
-            if held.num_copies == 0 and held.awaited_until <= now and not held.is_pinned:
-                del self._held[key]
-                self._num_bytes -= held.image.num_bytes
-                self._num_drops += 1
-        ends = [h.awaited_until for h in self._held.values() if not (h.num_copies or h.is_pinned)]
-        self._full_until = min(ends, default=math.inf)
+        return self._held.have_room(len(self._reading))
 
     def _is_wanted(self, key: Hashable) -> bool:
         """Whether a key that is not opened or read any more was not dropped meanwhile."""
@@ -393,24 +340,22 @@ class HostAdapterStore:
                 pass
             elif isinstance(outcome, AdapterImage):
                 interval = self._asked_at.pop(key, start), end
-                self._held[key] = _Held(outcome, end - start, interval, end + self._await_seconds)
-                self._num_bytes += outcome.num_bytes
+                awaited_until = end + self._await_seconds
+                self._held.add(key, HeldImage(outcome, end - start, interval, awaited_until))
                 self._num_loads += 1
-                self._loaded_bytes += outcome.num_bytes
                 self._load_seconds += end - start
             else:
                 self._fail(key, outcome)
             self._start_reads()
         self._on_change()
 
-    def _copy(self, held: _Held, copy: Callable[[], None]) -> None:
+    def _copy(self, held: HeldImage, copy: Callable[[], None]) -> None:
         """Copy, or wait for the device to."""
         try:
             copy()
         finally:
             with self._lock:
-                held.num_copies -= 1
-                held.awaited_until = self._full_until = 0.0
+                self._held.end_copy(held)
                 self._start_reads()
         self._on_change()
 

@@ -11,15 +11,9 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from loraplex.engine.adapters.manager import (
-    Adapter,
-    AdapterFiles,
-    AdapterManager,
-    AdapterStore,
-    Residency,
-    Tier,
-)
+from loraplex.engine.adapters.manager import Adapter, AdapterManager, Residency
 from loraplex.engine.adapters.resolver import AdapterResolver, Outcome
+from loraplex.engine.adapters.store import AdapterFiles, AdapterStore, Tier
 from loraplex.engine.errors import RequestError
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.request import Request

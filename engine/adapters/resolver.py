@@ -14,13 +14,8 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from loraplex.engine.adapters.manager import (
-    Adapter,
-    AdapterFiles,
-    AdapterManager,
-    AdapterStore,
-    Identity,
-)
+from loraplex.engine.adapters.manager import Adapter, AdapterManager
+from loraplex.engine.adapters.store import AdapterFiles, AdapterStore, Identity
 from loraplex.engine.lora_request import LoRARequest
 
 # Answers beyond this many are forgotten, those first that nobody has used for longest.

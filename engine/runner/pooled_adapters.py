@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from loraplex.engine.adapters.manager import Identity
+from loraplex.engine.adapters.store import Identity
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.lora.host_store import AdapterFiles, HostAdapterStore
 from loraplex.lora.recipe import Merge, MergeRecipe, Recipe

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loraplex.engine.adapters.manager import Identity
+from loraplex.engine.adapters.store import Identity
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
 from loraplex.engine.lora_request import LoRARequest
