@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loraplex.engine.adapters.store import Tier
+from loraplex.engine.beam_search import BeamSearch, BeamSearchParams
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_client import CoreClient, EngineDeadError
 from loraplex.engine.errors import RequestError
@@ -129,10 +130,10 @@ class AsyncEngine:
             request.fetch_seconds = fetch_seconds
             request.arrival_time -= fetch_seconds
         outputs = self._open(request_id, prompt_text(prompt), requests, stream, tokenizer)
-        timer = None if timeout is None else asyncio.get_running_loop().call_later(
-            timeout, outputs.fail,
-            RequestError(f"the request was not finished within {timeout:g} seconds", status=504),
-        )  # fmt: skip
+        timer = None
+        if timeout is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(timeout, outputs.fail, _late(timeout))
         try:
             self._client.add_requests(requests)
             while True:
@@ -146,6 +147,38 @@ class AsyncEngine:
             if timer is not None:
                 timer.cancel()
             self._close(request_id)
+
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        lora_request: LoRARequest | None = None,
+        service: Service | None = None,
+        timeout: float | None = None,
+        fetch_seconds: float = 0.0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """One output, of the likeliest sequences; else as generate."""
+        tokenizer = await self.tokenizer_of(lora_request)
+        first = SamplingParams(max_tokens=params.max_tokens)
+        (request,) = await self._process_input("", prompt, first, lora_request, service, tokenizer)
+        search = BeamSearch(request, params)
+
+        async def extend(beam: Prompt) -> RequestOutput:
+            outputs = self.generate(
+                beam, search.step_params, None, lora_request, service, False,
+                fetch_seconds=fetch_seconds,
+            )  # fmt: skip
+            return [output async for output in outputs][-1]
+
+        try:
+            async with asyncio.timeout(timeout):
+                (beginning,) = outputs = [await extend(beam) for beam in search.prompts()]
+                search.extend(outputs)
+                while not search.is_done:
+                    search.extend(await asyncio.gather(*map(extend, search.prompts())))
+        except TimeoutError:
+            raise _late(timeout) from None
+        yield search.request_output(tokenizer, beginning)
 
     async def tokenizer_of(self, lora_request: LoRARequest | None) -> Tokenizer | None:
         """The adapter's tokenizer, or the base model's; None where the engine runs without.
@@ -340,6 +373,11 @@ class AsyncEngine:
         self._error = self._error or error
         for stream in self._streams.values():
             stream.fail(error)
+
+
+def _late(timeout: float | None) -> RequestError:
+    """What a request of so many seconds ends with."""
+    return RequestError(f"the request was not finished within {timeout:g} seconds", status=504)
 
 
 class _Stream:

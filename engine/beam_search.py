@@ -9,14 +9,15 @@ The search is that of transformers' `generate(num_beams=..., early_stopping="nev
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraplex.engine.errors import describe
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.messages import EngineRequest
-from loraplex.engine.outputs import RequestOutput
+from loraplex.engine.outputs import CompletionOutput, RequestOutput
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.tokenizer import Tokenizer
 from loraplex.lora.recipe import is_finite_number
@@ -154,6 +155,22 @@ class BeamSearch:
         found = self._finished + (self._beams if self._has_all_tokens else [])
         best = sorted(found, key=self._score, reverse=True)[: self._params.beam_width]
         return BeamSearchOutput([self._sequence(beam, tokenizer) for beam in best])
+
+    def request_output(self, tokenizer: Tokenizer | None, first: RequestOutput) -> RequestOutput:
+        """What was found as completions of the prompt. first: what came of the first step."""
+        found, num_prompt = self.output(tokenizer).sequences, len(self.request.prompt_token_ids)
+        completions = [
+            CompletionOutput(
+                index=index,
+                text="" if tokenizer is None else tokenizer.decode(sequence.tokens[num_prompt:]),
+                token_ids=sequence.tokens[num_prompt:],
+                cumulative_logprob=sequence.cum_logprob,
+                finish_reason=sequence.finish_reason,
+            )
+            for index, sequence in enumerate(found)
+        ]
+        metrics = replace(first.metrics, finished_time=time.monotonic())
+        return replace(first, outputs=completions, metrics=metrics)
 
     @property
     def _has_all_tokens(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from msgspec import structs
 
 from loraplex.engine.async_engine import AsyncEngine, call_for_text
+from loraplex.engine.beam_search import BeamSearchParams
 from loraplex.engine.errors import RequestError
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.messages import Service
@@ -127,8 +128,10 @@ class Serving:
         lora_request: LoRARequest | None,
         service: Service,
         stream: bool,
+        length_penalty: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As AsyncEngine.generate, within the limits, and counted."""
+        """As AsyncEngine.generate, within the limits, and counted. With a length_penalty as
+        AsyncEngine.beam_search, for what there is in sampling_params of its parameters."""
         self.limits.check_batch(1, sampling_params)
         sampling_params = self.limits.apply(sampling_params)
         adapter = "" if lora_request is None else lora_request.lora_name
@@ -139,15 +142,24 @@ class Serving:
                 service = structs.replace(service, tenant=visit.caller.key.name)
         self.metrics.request_started(adapter)
         output: RequestOutput | None = None
-        outputs = self.engine.generate(
-            prompt_token_ids,
-            sampling_params,
-            lora_request=lora_request,
-            service=service,
-            stream=stream,
-            timeout=self.limits.request_timeout,
-            fetch_seconds=0.0 if visit is None else visit.fetch_seconds,
-        )
+        options: dict[str, Any] = {
+            "lora_request": lora_request,
+            "service": service,
+            "timeout": self.limits.request_timeout,
+            "fetch_seconds": 0.0 if visit is None else visit.fetch_seconds,
+        }
+        if length_penalty is None:
+            outputs = self.engine.generate(
+                prompt_token_ids, sampling_params, stream=stream, **options
+            )
+        else:
+            beams = BeamSearchParams(
+                beam_width=sampling_params.n,
+                max_tokens=sampling_params.max_tokens or self.engine.model_info.max_model_len,
+                ignore_eos=sampling_params.ignore_eos,
+                length_penalty=length_penalty,
+            )
+            outputs = self.engine.beam_search(prompt_token_ids, beams, **options)
         try:
             async with aclosing(outputs):
                 async for output in outputs:

@@ -108,7 +108,12 @@ class ChatAnswer:
     def _outputs(self, stream: bool) -> AsyncGenerator[RequestOutput, None]:
         plan = self._plan
         return self._serving.generate(
-            plan.prompt, plan.params, plan.lora_request, self._service, stream
+            plan.prompt,
+            plan.params,
+            plan.lora_request,
+            self._service,
+            stream,
+            self._body.beam_length_penalty,
         )
 
     def _writer(self) -> MessageWriter:

@@ -122,7 +122,12 @@ class CompletionAnswer:
         return merge(
             [
                 self._serving.generate(
-                    prompt, self._params, self._lora_request, self._service, stream
+                    prompt,
+                    self._params,
+                    self._lora_request,
+                    self._service,
+                    stream,
+                    self._body.beam_length_penalty,
                 )
                 for prompt in self._prompts
             ]

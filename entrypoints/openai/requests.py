@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from loraplex.engine.beam_search import MAX_BEAM_WIDTH
 from loraplex.engine.errors import describe
 from loraplex.engine.messages import Service
 from loraplex.engine.sampling_params import SamplingParams
@@ -33,7 +34,6 @@ IGNORED_FIELDS = frozenset(
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "ec_transfer_params": (),
     "kv_transfer_params": (),
-    "length_penalty": (1.0,),
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
     "prompt_embeds": (),
@@ -44,11 +44,20 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "stream_interval": (1,),
     "thinking_token_budget": (),
-    "use_beam_search": (False,),
     "vllm_xargs": ({},),
     "watermarking": (False,),
 }
 NEUTRAL_COMPLETION_VALUES = {**NEUTRAL_VALUES, "suffix": ("",)}
+
+
+# What may be there beside use_beam_search.
+BEAM_SEARCH_FIELDS = {
+    "add_generation_prompt", "add_special_tokens", "cache_salt", "chat_template",
+    "chat_template_kwargs", "continue_final_message", "documents", "ignore_eos", "length_penalty",
+    "max_completion_tokens", "max_queue_seconds", "max_tokens", "messages", "model", "n",
+    "priority", "prompt", "request_id", "return_token_ids", "temperature",
+    "truncate_prompt_tokens", "truncation_side", "use_beam_search",
+}  # fmt: skip
 
 
 class StreamOptions(StrictModel):
@@ -105,6 +114,10 @@ class GenerationRequest(StrictModel):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
+    use_beam_search: bool | None = None
+    """Give the n likeliest sequences instead of drawn ones."""
+    length_penalty: float | None = None
+    """Of beam search: larger values favour longer sequences."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
@@ -138,6 +151,35 @@ class GenerationRequest(StrictModel):
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs is not allowed with stream=True")
         return self
+
+    @model_validator(mode="after")
+    def check_beam_search(self) -> GenerationRequest:
+        if not self.use_beam_search:
+            if self.length_penalty not in (None, 1.0):
+                raise ValueError("length_penalty is only allowed with use_beam_search=True")
+            return self
+        for name in sorted(self.model_fields_set - BEAM_SEARCH_FIELDS):
+            value = getattr(self, name)
+            if value is not None and value is not False:
+                raise ValueError(f"{name} is not allowed together with use_beam_search")
+        if self.temperature not in (None, 0):
+            raise ValueError(
+                f"temperature={self.temperature} is not allowed together with use_beam_search: it "
+                "must be 0"
+            )
+        if (self.n or 1) > MAX_BEAM_WIDTH:
+            raise ValueError(
+                f"n={self.n} is not allowed together with use_beam_search: it must be 1 to "
+                f"{MAX_BEAM_WIDTH}"
+            )
+        return self
+
+    @property
+    def beam_length_penalty(self) -> float | None:
+        """None without beam search."""
+        if not self.use_beam_search:
+            return None
+        return 1.0 if self.length_penalty is None else self.length_penalty
 
     @model_validator(mode="after")
     def check_truncation(self) -> GenerationRequest:

@@ -138,6 +138,26 @@ def test_a_message_is_gone_on_with_and_templates_are_not_taken(client):
         )
 
 
+def test_the_likeliest_sequences(client):
+    def ask(**fields) -> list[str]:
+        answer = client.completions.create(
+            model=MODEL, prompt="The capital of France is", max_tokens=6, temperature=0,
+            extra_body=fields,
+        )  # fmt: skip
+        assert answer.usage.completion_tokens <= 6 * len(answer.choices)
+        return [choice.text for choice in answer.choices]
+
+    (greedy,) = ask()
+    assert ask(use_beam_search=True, ignore_eos=True) == [greedy]
+    beams = ask(use_beam_search=True, n=4, length_penalty=0.5)
+    assert len(set(beams)) == 4
+    assert any("Paris" in text for text in beams)
+    answer = client.chat.completions.create(
+        model=MODEL, messages=ASK, n=2, max_tokens=4, extra_body={"use_beam_search": True}
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+
+
 def test_words_that_must_not_come_and_tokens_that_may(client):
     def ask(**fields) -> str:
         answer = client.chat.completions.create(

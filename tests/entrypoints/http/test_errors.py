@@ -51,12 +51,15 @@ def error_of(response: httpx.Response) -> dict:
         ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one of"),
         ({"structured_outputs": {"regex": "a", "x": 1}}, "structured_outputs.x", "not a field"),
-        ({"use_beam_search": True}, "use_beam_search", "not supported"),
+        ({"use_beam_search": True, "top_p": 0.5}, None, "top_p"),
+        ({"use_beam_search": True, "stream": True}, None, "stream"),
+        ({"use_beam_search": True, "temperature": 1}, None, "temperature=1"),
+        ({"use_beam_search": True, "n": 65}, None, "1 to 64"),
+        ({"length_penalty": 2.0}, None, "use_beam_search=True"),
         *(
             ({field: value}, field, "not supported")
             for field, value in {
                 "kv_transfer_params": {"a": 1},
-                "length_penalty": 2.0,
                 "logits_processors": ["x"],
                 "logprob_token_ids": [1],
                 "repetition_detection": {},
