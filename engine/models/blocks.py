@@ -6,6 +6,7 @@ added to, in place; it returns its own output. So the norm that begins a block a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -142,12 +143,12 @@ class Attention(Module):
         return self.out_proj(batch.attend(self.layer, q, k, v, self.window), batch)
 
 
-class FeedForward(Module):
+class FeedForward(Module, ABC):
     """The part of a block in which tokens are alone."""
 
+    @abstractmethod
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """x and the result: [num_tokens, hidden]."""
-        raise NotImplementedError
 
 
 class MLP(FeedForward):
@@ -163,16 +164,16 @@ class MLP(FeedForward):
         return self.down_proj(self.activation(self.up_proj(x, batch)), batch)
 
 
-class Layer(Module):
+class Layer(Module, ABC):
     """One transformer block. Its class says how norms and residual stream go."""
 
     attention: Attention
 
+    @abstractmethod
     def __call__(
         self, x: Tensor, residual: Tensor, positions: Tensor, batch: ForwardBatch
     ) -> Tensor:
         """x, residual and the result: [num_tokens, hidden]; positions int64 [num_tokens]."""
-        raise NotImplementedError
 
 
 class PreNormLayer(Layer):

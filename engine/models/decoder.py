@@ -6,6 +6,7 @@ attributes; what a config may say and is honoured only in part is in SUPPORTED.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ from loraplex.engine.models.weights import NamedPlaces
 Tensor = torch.Tensor
 
 
-class Decoder(Module):
+class Decoder(Module, ABC):
     """A decoder-only language model."""
 
     LAYERS: ClassVar[str] = "model.layers"
@@ -78,9 +79,9 @@ class Decoder(Module):
 
     # -- what architectures override ---------------------------------------------------------
 
+    @abstractmethod
     def make_layer(self, index: int, prefix: str) -> Layer:
         """Block number `index`; prefix: of its checkpoint tensors, as in "model.layers.0."."""
-        raise NotImplementedError
 
     def make_heads(self) -> Heads:
         config = self.config
