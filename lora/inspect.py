@@ -103,7 +103,8 @@ def _examine(
     spec, page_bytes = base
     report.architecture = spec.architecture
     report.page_bytes = page_bytes
-    spec = replace(spec, linears=_LinearsOfOnes(spec))
+    of_ones = _LinearsOfOnes(spec)
+    spec = replace(spec, linears=of_ones, ends=of_ones)
     report.num_pages = load_adapter(directory, spec, page_bytes, dtype).num_pages
 
 

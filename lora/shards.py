@@ -1,8 +1,9 @@
 """Adapters for a model whose linears are divided among processes.
 
 Of a linear that has some of the outputs in each process, B is divided and A is whole; of one that
-has some of the inputs, A is divided and B is whole, since the products are summed. Every process
-has a share of each expert.
+has some of the inputs, A is divided and B is whole, since the products are summed. Gains are of the
+outputs, and so are offsets, but one process alone adds to a sum. Every process has a share of each
+expert.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from loraplex.lora.image import AdapterImage, AdapterWeights, pack_image
 from loraplex.lora.page_memory import Allocate, allocate_pages
-from loraplex.lora.spec import AdapterError, BaseModelSpec, parts_of_share
+from loraplex.lora.spec import BaseModelSpec, parts_of_share
 
 
 def sharded_spec(whole: BaseModelSpec, shard: BaseModelSpec, num_shards: int) -> BaseModelSpec:
@@ -28,14 +29,7 @@ def pack_shards(
     page_bytes: int,
     allocate: Allocate = allocate_pages,
 ) -> AdapterImage:
-    """One image with the pages of all shares; spec: of the whole model, which has a `shard`.
-
-    Raises AdapterError for what can't be divided.
-    """
-    if weights.gains:
-        raise AdapterError(
-            "adapters with DoRA or biases are not supported with tensor_parallel_size above 1"
-        )
+    """One image with the pages of all shares; spec: of the whole model, which has a `shard`."""
     assert spec.shard is not None
     images = [
         pack_image(_shard(weights, spec, spec.shard, index), spec.shard, page_bytes)
@@ -50,13 +44,19 @@ def _shard(
     weights: AdapterWeights, whole: BaseModelSpec, shard: BaseModelSpec, index: int
 ) -> AdapterWeights:
     a, b, count = dict(weights.a), dict(weights.b), whole.num_shards
+    gains, offsets = dict(weights.gains), dict(weights.offsets)
     for place in weights.a:
         module, share = whole.modules[place[1]], shard.modules[place[1]]
         if share.in_features < module.in_features:
             a[place] = _take_part(a[place], -1, (1,), index, count)
+            if place in offsets and index > 0:
+                offsets[place] = torch.zeros_like(offsets[place])
         if share.out_features < module.out_features:
             b[place] = _take_part(b[place], -2, module.sections, index, count)
-    return replace(weights, a=a, b=b)
+            for vectors in (gains, offsets):
+                if place in vectors:
+                    vectors[place] = _take_part(vectors[place], 0, module.sections, index, count)
+    return replace(weights, a=a, b=b, gains=gains, offsets=offsets)
 
 
 def _take_part(

@@ -35,10 +35,11 @@ from loraplex.engine.runner.pooled_adapters import PooledAdapters
 from loraplex.engine.text.generation_config import read_default_sampling, read_eos_token_ids
 from loraplex.engine.versions import warn_of_unsuitable_packages
 from loraplex.lora.host_store import HostAdapterStore
+from loraplex.lora.layers import LinearWithLoRA
 from loraplex.lora.page_memory import allocate_pages
 from loraplex.lora.shards import sharded_spec
 from loraplex.lora.sources.fetcher import AdapterFetcher
-from loraplex.lora.spec import BaseModelSpec
+from loraplex.lora.spec import BaseLinears, BaseModelSpec
 
 MAX_DEFAULT_POOL_BYTES = 4 * GIB
 DEFAULT_POOL_SHARE = 0.4
@@ -62,9 +63,11 @@ class TorchDevice:
         shard: Shard = WHOLE,
         meeting: Path | None = None,
         make_adapters: Callable[..., PooledAdapters] = PooledAdapters,
+        join_linears: Callable[[ModelLinears, BaseModelSpec], BaseLinears] | None = None,
     ) -> None:
         """shard: what of the model is here; meeting: the directory where all processes that have
-        some of it meet; make_adapters: takes the fields of PooledAdapters."""
+        some of it meet; make_adapters: takes the fields of PooledAdapters; join_linears: makes
+        those of the whole model of those of the first share."""
         warn_of_unsuitable_packages()
         device = resolve_device(config, shard)
         path = locate_model(config.model, config.revision)
@@ -124,32 +127,35 @@ class TorchDevice:
                 model, hf_config, spec, backend, memory, config.block_size, kv_dtype
             )
             self._join(model)
-        self.memory = memory
-        self.num_pages = len(memory)
+        self.memory, self.num_pages = memory, len(memory)
+        self.linears = _model_linears(model, self.runner.linears)
         if shard.index == 0:
-            if shard.count > 1:
+            if join_linears is None:
+                spec = replace(spec, linears=self.linears, ends=self.linears)
+            else:
                 spec = sharded_spec(_spec(whole_config, device), spec, shard.count)
-            chosen = config.adapter_cache_directory
-            directory = Path(chosen).expanduser() if chosen else cache_root() / "adapters"
-            store = self._adapter_store(config, wake, model, spec)
-            self.adapter_store = make_adapters(AdapterFetcher(config, directory), store, memory)
+                spec = replace(spec, linears=join_linears(self.linears, spec))
+            self.adapter_store = make_adapters(*self._adapters(config, wake, dtype, spec), memory)
 
-    def _adapter_store(
-        self, config: EngineConfig, wake: Callable[[], None], model: Model, spec: BaseModelSpec
-    ) -> HostAdapterStore:
-        """Of adapters for the whole model, `spec`."""
-        if spec.shard is None:
-            head = model.lm_head if isinstance(model, Decoder) else None
-            linears = ModelLinears(self.runner.linears, model.embedding, head)
-            spec = replace(spec, linears=linears)
-        return HostAdapterStore(
+    def _adapters(
+        self,
+        config: EngineConfig,
+        wake: Callable[[], None],
+        dtype: torch.dtype,
+        spec: BaseModelSpec,
+    ) -> tuple[AdapterFetcher, HostAdapterStore]:
+        """For the whole model, `spec`."""
+        chosen = config.adapter_cache_directory
+        directory = Path(chosen).expanduser() if chosen else cache_root() / "adapters"
+        store = HostAdapterStore(
             spec,
             self.page_bytes,
-            model.embedding.dtype,
+            dtype,
             capacity_bytes=config.host_adapter_bytes,
             on_change=wake,
             retry_seconds=config.adapter_retry_seconds,
         )
+        return AdapterFetcher(config, directory), store
 
     def _build_gpu_runner(
         self,
@@ -236,6 +242,11 @@ def resolve_device(config: EngineConfig, shard: Shard = WHOLE) -> torch.device:
             "where pool_bytes sizes the pool: leave it out"
         )
     return torch.device("cpu")
+
+
+def _model_linears(model: Model, linears: list[LinearWithLoRA]) -> ModelLinears:
+    head = model.lm_head if isinstance(model, Decoder) else None
+    return ModelLinears(linears, model.embedding, head)
 
 
 def _spec(hf_config: Any, device: torch.device) -> BaseModelSpec:

@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,9 @@ from loraplex.engine.models.config import read_model_config
 from loraplex.engine.models.locate import locate_model
 from loraplex.engine.models.registry import outline_model
 from loraplex.engine.models.shards import Shard, check_shardable, shard_config
+from loraplex.engine.runner.base_linears import ModelLinears
 from loraplex.engine.runner.device import TorchDevice
+from loraplex.engine.runner.parallel_linears import ParallelLinears, Question
 from loraplex.engine.runner.pooled_adapters import PooledAdapters
 from loraplex.engine.step import PendingStep, StepBatch
 from loraplex.lora.host_store import HostAdapterStore
@@ -67,6 +71,8 @@ class Workers:
 
     def __init__(self, config: EngineConfig, directory: Path) -> None:
         count = config.tensor_parallel_size
+        # Steps are sent by one thread, and questions by those that load adapters.
+        self._sending, self._asking = Lock(), Lock()
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         # Not by multiprocessing, which would run the user's main module again; and not by -m, which
@@ -98,15 +104,37 @@ class Workers:
 
     def send(self, message: Launch) -> None:
         """To all. Raises RuntimeError if one is gone."""
-        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        data = _dump(message)
         for connection in self._connections:
-            _send(connection, data)
+            self._send(connection, data)
 
     def send_copy(self, pages: list[int], pages_of: Callable[[int], torch.Tensor]) -> None:
         """To each the pages of its share."""
         for index, connection in enumerate(self._connections, start=1):
-            message = Copy(pages, pages_of(index).numpy())
-            _send(connection, pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+            self._send(connection, _dump(Copy(pages, pages_of(index).numpy())))
+
+    def ask(self, questions: Sequence[Question]) -> list[torch.Tensor]:
+        """See Askable. Raises RuntimeError if one is gone, and what a worker raised."""
+        with self._asking:
+            for connection, question in zip(self._connections, questions, strict=True):
+                self._send(connection, _dump(question))
+            try:
+                answers = [
+                    pickle.loads(connection.recv_bytes()) for connection in self._connections
+                ]
+            except (EOFError, OSError) as error:
+                raise RuntimeError(GONE) from error
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def _send(self, connection: Connection, data: bytes) -> None:
+        try:
+            with self._sending:
+                connection.send_bytes(data)
+        except OSError as error:
+            raise RuntimeError(GONE) from error
 
     def close(self, patience: float = PATIENCE) -> None:
         """A worker ends when nobody speaks to it any more; after so many seconds it is killed."""
@@ -119,11 +147,8 @@ class Workers:
                 process.kill()
 
 
-def _send(connection: Connection, data: bytes) -> None:
-    try:
-        connection.send_bytes(data)
-    except OSError as error:
-        raise RuntimeError(GONE) from error
+def _dump(message: object) -> bytes:
+    return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 class ParallelRunner:
@@ -180,7 +205,8 @@ class ParallelDevice:
         try:
             shard = Shard(0, count)
             make_adapters = partial(ParallelAdapters, self._workers)
-            self._device = TorchDevice(config, wake, shard, directory, make_adapters)
+            join_linears = partial(ParallelLinears, self._workers)
+            self._device = TorchDevice(config, wake, shard, directory, make_adapters, join_linears)
             self._workers.await_start()
         except BaseException:
             self._workers.close(patience=0.0)
@@ -216,14 +242,32 @@ def serve(connection: Connection) -> None:
         connection.send(error)
         return
     connection.send(None)
-    while True:
-        try:
-            message = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        if isinstance(message, Launch):
-            device.runner.launch(message.batch)
-        else:
-            pages = torch.tensor(message.pages, device=device.memory.device)
-            data = torch.from_numpy(message.data).to(device.memory.device)
-            device.memory.index_copy_(0, pages, data)
+    # Questions take a while, and steps don't wait for them.
+    with ThreadPoolExecutor(1, initializer=_use_device, initargs=(device.memory.device,)) as aside:
+        while True:
+            try:
+                message = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                return
+            if isinstance(message, Launch):
+                device.runner.launch(message.batch)
+            elif isinstance(message, Question):
+                aside.submit(_answer, connection, message, device.linears)
+            else:
+                pages = torch.tensor(message.pages, device=device.memory.device)
+                data = torch.from_numpy(message.data).to(device.memory.device)
+                device.memory.index_copy_(0, pages, data)
+
+
+def _use_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _answer(connection: Connection, question: Question, linears: ModelLinears) -> None:
+    try:
+        answer: object = question.answer(linears)
+    except Exception as error:
+        answer = error
+    with suppress(OSError):  # Nobody waits for it any more.
+        connection.send_bytes(_dump(answer))

@@ -167,6 +167,19 @@ def test_architectures_in_two_shares_equal_transformers(
     check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=2)
 
 
+@pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
+@pytest.mark.parametrize("case", ["Phi-3", "GPT-2", "StarCoder2"])
+def test_magnitudes_and_biases_in_two_shares_equal_peft(
+    case: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+):
+    """They depend on weights and biases of which every process has a part."""
+    config = tiny_config(case, vocab_size=132, **DIVISIBLE[case])
+    targets = {"target_modules": "all-linear", kind: True}
+    adapters = write_random_model(config, tmp_path, targets)
+    monkeypatch.setattr(parallel_device.subprocess, "Popen", WorkerThread)
+    check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=2)
+
+
 @pytest.mark.parametrize("case", ["StableLM 2 12B", "OLMo 2", "Falcon 40B", "OPT"])
 def test_other_architectures_are_refused_by_name(case: str):
     config = tiny_config(case)
