@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.engine.models.blocks import ForwardBatch, Heads
+from loraplex.engine.models.experts_weight import DenseExperts
 from loraplex.engine.models.layers import ExpertLinears, Linear, Routing
 from loraplex.engine.models.moe import mix_experts
 from loraplex.engine.models.weights import DenseWeight
@@ -202,7 +203,7 @@ class _ServedExperts(nn.Module):
             weight = getattr(module, name).detach()
             num_experts, height, width = weight.shape
             linears = ExpertLinears(prefix, name, num_experts, width, {name: height}, weight)
-            linears.tie(weight)
+            linears.weight = DenseExperts.of(weight)
             setattr(self, attribute, linears)
         self._num_experts = num_experts
         self._apply_gate = module._apply_gate

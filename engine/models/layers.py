@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex.engine.models import ops
+from loraplex.engine.models.experts_weight import DenseExperts, ExpertsWeight
 from loraplex.engine.models.weights import DenseWeight, NamedPlaces, Weight
 
 Tensor = torch.Tensor
@@ -126,7 +127,10 @@ class Routing:
 
 class ExpertLinears(Module):
     """y = x W^T with a W of each expert, which is one or several checkpoint tensors, one above the
-    other."""
+    other.
+
+    Its weight is dense until a quantised checkpoint gives it another, before loading.
+    """
 
     def __init__(
         self,
@@ -144,27 +148,27 @@ class ExpertLinears(Module):
         self.in_features = in_features
         self.out_features = {name: sum(out_features.values())}
         self.parts_of_output = out_features
-        self._weight = like
+        self.like = like
+        self.weight: ExpertsWeight = DenseExperts(num_experts, in_features, out_features, like)
 
     def __call__(self, x: Tensor, batch: Any, routing: Routing) -> Tensor:
         """x [num_rows, in_features], sorted by expert -> [num_rows, total out_features]."""
-        return ops.grouped_linear(x, self._weight, routing.ends)
-
-    def tie(self, weight: Tensor) -> None:
-        """Multiply by what is loaded elsewhere, [num_experts, total out_features, in_features]."""
-        self._weight = weight
+        return self.weight.multiply(x, routing.ends)
 
     def paths(self, prefix: str) -> dict[str, str]:
         """As of a Linear."""
         return {name: f"{self.prefix}{name}".removeprefix(prefix) for name in self.out_features}
 
     def named_weights(self) -> NamedPlaces:
-        (height,) = self.out_features.values()
-        self._weight = self._weight.new_empty(self.num_experts, height, self.in_features)
-        for expert, weight in enumerate(self._weight):
-            parts = weight.split(list(self.parts_of_output.values()))
-            for name, part in zip(self.parts_of_output, parts, strict=True):
-                yield f"{self.prefix}{expert}.{name}.weight", part
+        for name, place in self.weight.places():
+            yield self.prefix + name, place
+
+    def finish_loading(self) -> None:
+        self.weight.pack()
+
+
+class Router(Linear):
+    """The scores of experts, which no method quantises."""
 
 
 class Table(Module):

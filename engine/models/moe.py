@@ -12,7 +12,7 @@ import torch
 
 from loraplex.engine.models import ops
 from loraplex.engine.models.blocks import FeedForward, ForwardBatch
-from loraplex.engine.models.layers import ExpertLinears, Linear, Module, Routing
+from loraplex.engine.models.layers import ExpertLinears, Linear, Module, Router, Routing
 from loraplex.engine.models.llama import LlamaForCausalLM, Qwen3ForCausalLM
 
 Tensor = torch.Tensor
@@ -84,9 +84,7 @@ class SparseMLP(FeedForward):
 
 def _make_mlp(model: LlamaForCausalLM, prefix: str, num_experts: int, size: int) -> SparseMLP:
     config: Any = model.config
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("quantization_config of this model is not supported: it has experts")
-    router = model.linear(prefix, config.hidden_size, {"gate": num_experts})
+    router = Router(prefix, config.hidden_size, {"gate": num_experts}, model.dtype)
     experts = Experts(f"{prefix}experts.", num_experts, config.hidden_size, size, router.like)
     is_normalised = getattr(config, "norm_topk_prob", True)
     return SparseMLP(router, experts, config.num_experts_per_tok, is_normalised)

@@ -37,7 +37,7 @@ from loraplex.engine.models.multimodal import (
 )
 from loraplex.engine.models.olmo2 import Olmo2ForCausalLM
 from loraplex.engine.models.phi import Phi3ForCausalLM, PhiForCausalLM
-from loraplex.engine.models.quantization.methods import find_method, quantise
+from loraplex.engine.models.quantization.methods import find_method, quantise, quantise_experts
 from loraplex.engine.models.reused_memory import ReusedMemory
 from loraplex.engine.models.shards import WHOLE, Shard, drop_summed_biases
 from loraplex.engine.models.stablelm import StableLmForCausalLM
@@ -118,6 +118,7 @@ def build_model(
         model = architecture(hf_config, dtype, max_model_len)
     if method is not None:
         quantise((linear for _, _, linear in model.linears()), method)
+        quantise_experts((experts for _, _, experts in model.expert_linears()), method)
     if device.type == "cpu":
         memory = ReusedMemory()
         for _, _, linear in model.linears():

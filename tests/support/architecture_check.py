@@ -26,9 +26,12 @@ def check_model(
     check_batch(directory / "model", write_random_model(config, directory, targets), device)
 
 
-def check_batch(model: Path, adapters: dict[str, Path], device: str, **options: Any) -> None:
+def check_batch(
+    model: Path, adapters: dict[str, Path], device: str, oracle: Path | None = None, **options: Any
+) -> None:
     """Greedy tokens and log-probabilities of a batch that mixes the base model with adapters, in
-    float32, are those of transformers and PEFT. options: of the LLM."""
+    float32, are those of transformers and PEFT. oracle: the model that they are given, if it is
+    another; options: of the LLM."""
     rng = random.Random(0)
     prompts, names = [], []
     for length in PROMPT_LENGTHS:
@@ -48,4 +51,4 @@ def check_batch(model: Path, adapters: dict[str, Path], device: str, **options: 
             use_tqdm=False,
         )
         llm.check_integrity()
-    Oracle(model, adapters).assert_equals(names, outputs)
+    Oracle(oracle or model, adapters).assert_equals(names, outputs)

@@ -43,9 +43,22 @@ def write_quantised(
     torch.manual_seed(0)
     dense, quantised = directory / "dense", directory / "quantised"
     LlamaForCausalLM(LlamaConfig(**(SHAPE | shape))).save_pretrained(dense)
+    quantise_checkpoint(dense, quantised, quantise, quantization_config)
+    return quantised, dense
+
+
+def quantise_checkpoint(
+    dense: Path,
+    quantised: Path,
+    quantise: Callable[[str, torch.Tensor], Quantised | None],
+    quantization_config: dict[str, Any] | None,
+) -> None:
+    """Write what a float32 checkpoint is quantised to, and over it what that stands for. See
+    write_quantised."""
     tensors = load_file(dense / "model.safetensors")
     packed = dict(tensors)
-    for name in [name for name in tensors if name.endswith(("proj.weight", "lm_head.weight"))]:
+    linears = "proj.weight", "lm_head.weight", "w1.weight", "w2.weight", "w3.weight"
+    for name in [name for name in tensors if name.endswith(linears)]:
         module = name.removesuffix(".weight")
         result = quantise(module, tensors[name])
         if result is not None:
@@ -62,7 +75,6 @@ def write_quantised(
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
     (quantised / "config.json").write_text(json.dumps(config))
-    return quantised, dense
 
 
 def check_mixed_batch(quantised: Path, dense: Path, directory: Path, **options: Any) -> None:

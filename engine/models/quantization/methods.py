@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from loraplex.engine.models.layers import Linear
+import torch
+
+from loraplex.engine.models.experts_weight import SeparateExperts
+from loraplex.engine.models.layers import ExpertLinears, Linear, Router
 from loraplex.engine.models.quantization.awq import Awq
 from loraplex.engine.models.quantization.bitsandbytes import BitsAndBytes, BitsAndBytesOnLoad
 from loraplex.engine.models.quantization.compressed_tensors import CompressedTensors
@@ -79,17 +82,58 @@ def quantise(linears: Iterable[Linear], method: Method) -> None:
     Raises ValueError for sizes that the method does not allow.
     """
     for linear in linears:
-        parts: dict[str, Part] = {}
-        is_quantised = False
-        for name, out_features in linear.out_features.items():
-            sizes = out_features, linear.in_features, linear.like
-            part = method.part(linear.prefix + name, *sizes)
-            is_quantised |= part is not None
-            parts[name] = part or DensePart(*sizes)
-        if is_quantised:
+        if isinstance(linear, Router):
+            continue
+        weight = _weight(
+            linear.prefix, linear.in_features, linear.out_features, linear.like, method
+        )
+        if weight is not None:
             if type(linear.weight) is not DenseWeight:
                 raise ValueError(
-                    f"{linear.prefix}{name} of this model is stored transposed, which is not "
-                    "supported together with quantisation"
+                    f"{linear.prefix}{next(iter(linear.out_features))} of this model is stored "
+                    "transposed, which is not supported together with quantisation"
                 )
-            linear.weight = QuantisedWeight(parts)
+            linear.weight = weight
+
+
+def quantise_experts(experts: Iterable[ExpertLinears], method: Method) -> None:
+    """The same for linears of experts. On GPUs those of plain checkpoints stay as they are.
+
+    Raises ValueError for those of others on GPUs, too.
+    """
+    for linears in experts:
+        like = linears.like
+        if like.is_cuda and isinstance(method, BitsAndBytesOnLoad | Fp8OnLoad):
+            continue
+        if like.is_cuda:
+            raise ValueError(
+                "quantization_config of this model is not supported on GPUs: it has experts"
+            )
+        sizes = linears.in_features, linears.parts_of_output
+        weights = [
+            _weight(f"{linears.prefix}{expert}.", *sizes, like, method)
+            for expert in range(linears.num_experts)
+        ]
+        if any(weights):
+            linears.weight = SeparateExperts(
+                [weight or DenseWeight(*sizes, like) for weight in weights],
+                sum(linears.parts_of_output.values()),
+                like,
+            )
+
+
+def _weight(
+    prefix: str,
+    in_features: int,
+    out_features: dict[str, int],
+    like: torch.Tensor,
+    method: Method,
+) -> QuantisedWeight | None:
+    """None: no part of it is quantised."""
+    parts: dict[str, Part] = {}
+    is_quantised = False
+    for name, rows in out_features.items():
+        part = method.part(prefix + name, rows, in_features, like)
+        is_quantised |= part is not None
+        parts[name] = part or DensePart(rows, in_features, like)
+    return QuantisedWeight(parts) if is_quantised else None
