@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from server_process import running_server
 
-from loraplex.benchmarks import serve
+from loraplex.benchmarks import completion_client, serve
 from loraplex.benchmarks.completion_client import Call, Record, send_all
 
 Handler = Callable[[dict, asyncio.StreamWriter], Awaitable[None]]
@@ -55,29 +55,44 @@ async def ask(handle: Handler, timeout: float = 5.0, **call) -> Record:
     return records[0]
 
 
-async def test_times_of_an_answer():
-    bodies = []
+class Clock:
+    """The client's. It stands still until the server moves it, with nothing on its way."""
+
+    def __init__(self) -> None:
+        self.now, self.num_reads = 0.0, 0
+
+    def perf_counter(self) -> float:
+        self.num_reads += 1
+        return self.now
+
+
+async def test_times_of_an_answer(monkeypatch):
+    bodies, clock = [], Clock()
+    monkeypatch.setattr(completion_client, "time", clock)
 
     async def answer(body, writer):
         bodies.append(body)
-        writer.write(CHUNKED)
         for delay, data in [
+            (0.0, None),
             (0.2, token()),
             (0.1, token()),
             (0.1, token() + token("")),
             (0.1, token("", "length") + event(choices=[], usage={"completion_tokens": 5})),
             (0.1, b"data: [DONE]\n\n"),
         ]:
-            await asyncio.sleep(delay)
-            writer.write(chunk(data))
+            clock.now += delay
+            num_reads = clock.num_reads
+            writer.write(CHUNKED if data is None else chunk(data))
+            while clock.num_reads == num_reads:
+                await asyncio.sleep(0.001)
         writer.write(chunk(b""))
 
     record = await ask(answer)
     assert record.error is None
     # The event that only says how it ended is no token, and an empty text may be one.
     assert len(record.token_times) == 4
-    assert record.ttft == pytest.approx(0.2, abs=0.06)
-    assert record.gaps == pytest.approx([0.1, 0.1, 0.0], abs=0.06)
+    assert record.ttft == pytest.approx(0.2)
+    assert record.gaps == pytest.approx([0.1, 0.1, 0.0])
     assert record.e2e == record.token_times[-1]
     assert record.num_output_tokens == 5
     assert record.tpot == pytest.approx((record.e2e - record.ttft) / 4)

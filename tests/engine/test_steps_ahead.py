@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from fake_device import (
     VOCAB_SIZE,
@@ -92,9 +90,7 @@ def test_end_of_sequence_with_a_step_in_flight_frees_all_and_drops_the_surplus_t
     assert stats["pages_kv"] == stats["num_running"] == 0
     assert len(runner_of(core).in_flight) == 1
     assert core.has_unfinished_requests()
-    before = time.monotonic()
-    core.wait_for_work(5)
-    assert time.monotonic() - before < 1, "there is a step to take in"
+    core.wait_for_work(1000)  # There is a step to take in.
     assert core.step() == []
     assert not core.has_unfinished_requests()
     assert not runner_of(core).in_flight
@@ -236,9 +232,7 @@ def test_there_is_no_waiting_after_a_step_that_took_something_in():
     assert core.step() == []
     assert len(core.step()) == 1
     core.add_request(make_request("next", [1, 2, 3], 1))
-    before = time.monotonic()
-    core.wait_for_work(5)
-    assert time.monotonic() - before < 1
+    core.wait_for_work(1000)
 
 
 def test_a_step_with_penalties_is_waited_for():

@@ -105,10 +105,9 @@ def image_bytes(paths: list[str]) -> int:
 
 def test_nobody_waits_and_the_image_is_the_adapters(paths, gate):
     with make_store() as store:
-        start = time.monotonic()
+        # Who waited for the gate would fail.
         assert store.get("a", files_of(paths[0])) is None
         assert store.get("a", files_of(paths[0])) is None
-        assert time.monotonic() - start < 5, "get did not wait for the gate"
         gate.opened.set()
         image = get_when_ready(store, "a", paths[0])
         expected = load_adapter(paths[0], SPEC, PAGE_BYTES, DTYPE)
@@ -335,10 +334,11 @@ def test_everyone_gets_their_image_in_turn_under_any_budget(paths, image_bytes, 
 
 
 def test_an_image_that_is_awaited_or_copied_is_not_dropped(paths, image_bytes, monkeypatch):
-    with make_store(capacity_bytes=0, num_threads=1, await_seconds=0.4) as store:
+    clock = Clock()
+    with make_store(capacity_bytes=0, num_threads=1, await_seconds=4.0, clock=clock) as store:
         get_when_ready(store, "a", paths[0])
         assert store.get("b", files_of(paths[1])) is None
-        time.sleep(0.1)
+        clock.now += 3.9
         assert store.get("b", files_of(paths[1])) is None, "a is awaited, so b is not even begun"
         assert store.stats()["loads"] == 1
         going, release = threading.Event(), threading.Event()
@@ -354,7 +354,7 @@ def test_an_image_that_is_awaited_or_copied_is_not_dropped(paths, image_bytes, m
         memory = torch.zeros(image.num_pages, PAGE_BYTES, dtype=torch.uint8)
         future = store.copy_to_pages("a", memory, range(image.num_pages))
         assert going.wait(20)
-        time.sleep(0.5)
+        clock.now += 0.2
         assert store.get("b", files_of(paths[1])) is None
         assert store.image("a") is image, "await_seconds are over, but it is being copied"
         release.set()

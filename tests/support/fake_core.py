@@ -64,27 +64,26 @@ class ServedCore(FakeCore):
             reply, max_model_len=config.max_model_len or 1024, max_num_seqs=config.max_num_seqs
         )
         self.num_tokens = 0
-        self.locating: list[tuple[float, LoRARequest, Future[dict[str, Any]]]] = []
+        self.locating: list[tuple[Path, Future[dict[str, Any]]]] = []
 
     def locate_adapter(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
-        """In FAKE_HUB, if the environment has it, by the last part of the path; if that is "slow",
-        after a second."""
+        """In FAKE_HUB, if the environment has it, by the last part of the path, and not while a
+        file of that name with ".held" at its end is there."""
         if "FAKE_HUB" not in os.environ:
             return super().locate_adapter(lora_request)
-        seconds = float(lora_request.lora_path.endswith("slow"))
+        directory = Path(os.environ["FAKE_HUB"]) / lora_request.lora_path.rpartition("/")[-1]
         self.located.append(lora_request.lora_path)
-        self.locating.append((time.monotonic() + seconds, lora_request, Future()))
+        self.locating.append((directory, Future()))
         return self.locating[-1][-1]
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.locating) or super().has_unfinished_requests()
 
     def step(self) -> list[EngineOutput]:
-        for located in [x for x in self.locating if x[0] <= time.monotonic()]:
-            self.locating.remove(located)
-            name = located[1].lora_path.rpartition("/")[-1]
-            directory = Path(os.environ["FAKE_HUB"]) / name
-            located[2].set_result({"directory": str(directory), "version": name})
+        for directory, future in self.locating.copy():
+            if not directory.with_suffix(".held").exists():
+                self.locating.remove((directory, future))
+                future.set_result({"directory": str(directory), "version": directory.name})
         for request in self.requests.values():
             text = bytes(t for t in request.prompt_token_ids if t < 256)
             if b"crash" in text:

@@ -29,7 +29,7 @@ class ServerProcess:
         self._log_file = log_file
         # One client for all: making one takes longer than most requests.
         self._http = httpx.Client()
-        self.url = self._wait_for_address()
+        self.url = wait_for_server(log_file, process, 60, self._http)
 
     @property
     def log(self) -> str:
@@ -59,23 +59,25 @@ class ServerProcess:
         assert list(self.socket_root.iterdir()) == [], "no socket is left"
         return status
 
-    def _wait_for_address(self) -> str:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            if (found := ADDRESS.search(self.log)) is not None:
-                url = found[1]
-                while not self._answers(url):
-                    time.sleep(0.01)
-                return url
-            assert self.process.poll() is None, self.log
-            time.sleep(0.02)
-        raise AssertionError(self.log)
 
-    def _answers(self, url: str) -> bool:
-        try:
-            return self._http.get(f"{url}/health").status_code == 200
-        except httpx.TransportError:
-            return False
+def wait_for_server(
+    log_file: Path, process: subprocess.Popen, timeout: float, http: httpx.Client
+) -> str:
+    """The URL of a server that took a free port, once it says so and is healthy."""
+    deadline = time.monotonic() + timeout
+    while True:
+        log = log_file.read_text()
+        assert process.poll() is None and time.monotonic() < deadline, log
+        if (found := ADDRESS.search(log)) is not None and _is_healthy(found[1], http):
+            return found[1]
+        time.sleep(0.02)
+
+
+def _is_healthy(url: str, http: httpx.Client) -> bool:
+    try:
+        return http.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def wait_until_gone(processes: list[psutil.Process], timeout: float = 5.0) -> None:

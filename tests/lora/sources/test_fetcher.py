@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -237,35 +238,33 @@ def test_a_fetch_takes_no_longer_than_it_may(
 ):
     add_large(hub, "a")
     server.add_fault("/cdn/", hold_at=100_000, times=9)
-    start = time.monotonic()
+    # Without that limit the tenth attempt would succeed.
     error = refusal(make_fetcher(adapter_fetch_seconds=0.5, adapter_fetch_attempts=1000), "a")
     assert error.status == 504
-    assert time.monotonic() - start < 5
 
 
 def test_a_trickle_is_not_waited_for(hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher):
     add_large(hub, "a")
     server.add_fault("/cdn/", pace=0.05)
-    start = time.monotonic()
     error = refusal(make_fetcher(adapter_fetch_seconds=0.5), "a")
     assert "it took too long" in str(error) and error.status == 504
-    assert time.monotonic() - start < 5
     # What has come is there next time.
     assert weights(get(make_fetcher(), "a")) == LARGE
     assert server.seen("/cdn/")[-1].range is not None
 
 
 def test_failures_are_remembered_for_a_while(
-    hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher
+    hub: FakeHub, server: FaultyServer, make_fetcher: MakeFetcher, monkeypatch: pytest.MonkeyPatch
 ):
-    fetcher = make_fetcher(adapter_retry_seconds=0.5)
+    fetcher = make_fetcher(adapter_retry_seconds=500)
     first, second = refusal(fetcher, "a"), refusal(fetcher, "a")
     assert str(first) == str(second) and first.status == second.status == 404
     assert first is not second
     assert server.count("/api/") == 1
     hub.add("acme/a")
     refusal(fetcher, "a")
-    time.sleep(0.6)
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 501)
+    monkeypatch.setattr(fetcher_module, "time", later)
     get(fetcher, "a")
     assert server.count("/api/") == 2
 
