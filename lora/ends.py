@@ -99,10 +99,10 @@ def _replace_rows(
             f"{CONFIG_FILE}: trainable_token_indices={list(token_ids)[:10]} is not allowed: they "
             f"must be distinct, and below {vocab_size}, the base model's vocabulary"
         )
-    ends = spec.ends
-    if ends is None:
+    linears = spec.linears
+    if linears is None:
         raise AdapterError(f"tensor {name!r} depends on the base model's, which is not here")
-    rows = ends.head_rows(token_ids) if is_head else ends.embedding_rows(token_ids)
+    rows = linears.head_rows(token_ids) if is_head else linears.embedding_rows(token_ids)
     difference = tensors(name).float() - rows
     pick = F.one_hot(torch.tensor(token_ids), vocab_size).float()
     if is_head:
@@ -129,10 +129,10 @@ def _check_shapes(module: TargetedModule, base: LoRAModule, is_head: bool) -> No
 
 def _check_copy(copy: Tensor, name: str, is_head: bool, spec: BaseModelSpec) -> None:
     """PEFT saves the base model's matrix beside A and B; it must be the one that we have."""
-    ends = spec.ends
-    if ends is None:
+    linears = spec.linears
+    if linears is None:
         raise AdapterError(f"tensor {name!r} must be the base model's, which is not here")
-    if not (ends.is_head(copy) if is_head else ends.is_embedding(copy)):
+    if not (linears.is_head(copy) if is_head else linears.is_embedding(copy)):
         raise AdapterError(
             f"tensor {name!r} of shape {list(copy.shape)} is not the base model's: an adapter "
             "that changes it beside LoRA, or was trained on another base model or with a resized "

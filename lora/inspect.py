@@ -103,8 +103,7 @@ def _examine(
     spec, page_bytes = base
     report.architecture = spec.architecture
     report.page_bytes = page_bytes
-    of_ones = _LinearsOfOnes(spec)
-    spec = replace(spec, linears=of_ones, ends=of_ones)
+    spec = replace(spec, linears=_LinearsOfOnes(spec))
     report.num_pages = load_adapter(directory, spec, page_bytes, dtype).num_pages
 
 

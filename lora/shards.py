@@ -3,7 +3,7 @@
 Of a linear that has some of the outputs in each process, B is divided and A is whole; of one that
 has some of the inputs, A is divided and B is whole, since the products are summed. Gains are of the
 outputs, and so are offsets, but one process alone adds to a sum. Every process has a share of each
-expert.
+expert, and the whole of a part in the embedding or the head.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from loraplex.lora.spec import BaseModelSpec, parts_of_share
 
 
 def sharded_spec(whole: BaseModelSpec, shard: BaseModelSpec, num_shards: int) -> BaseModelSpec:
-    """What adapters of a divided model may target: linears, but not embedding and head."""
-    return replace(whole, shard=shard, num_shards=num_shards, embedding=None, head=None)
+    """What adapters of a divided model may target."""
+    return replace(whole, shard=shard, num_shards=num_shards)
 
 
 def pack_shards(

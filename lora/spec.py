@@ -58,10 +58,6 @@ class BaseLinears(Protocol):
     def bias(self, layer: int, module_id: int) -> torch.Tensor:
         """[out_features]; zeros if it has none."""
 
-
-class BaseEnds(Protocol):
-    """The same of its embedding and head."""
-
     def is_embedding(self, matrix: torch.Tensor) -> bool:
         """Whether it is the embedding, as far as rounding lets one tell."""
 
@@ -140,8 +136,6 @@ class BaseModelSpec:
     """By the path of a part of a layer, as in "mlp.experts", why adapters can't target it here."""
     linears: BaseLinears | None = field(default=None, compare=False, repr=False)
     """None: only what fits is known, so that adapters that need them can't be loaded."""
-    ends: BaseEnds | None = field(default=None, compare=False, repr=False)
-    """Likewise."""
 
     def without_experts(self, reason: str) -> BaseModelSpec:
         """The same where adapters can't target the linears of experts, and why."""

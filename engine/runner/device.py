@@ -35,7 +35,6 @@ from loraplex.engine.runner.pooled_adapters import PooledAdapters
 from loraplex.engine.text.generation_config import read_default_sampling, read_eos_token_ids
 from loraplex.engine.versions import warn_of_unsuitable_packages
 from loraplex.lora.host_store import HostAdapterStore
-from loraplex.lora.layers import LinearWithLoRA
 from loraplex.lora.page_memory import allocate_pages
 from loraplex.lora.shards import sharded_spec
 from loraplex.lora.sources.fetcher import AdapterFetcher
@@ -63,7 +62,7 @@ class TorchDevice:
         shard: Shard = WHOLE,
         meeting: Path | None = None,
         make_adapters: Callable[..., PooledAdapters] = PooledAdapters,
-        join_linears: Callable[[ModelLinears, BaseModelSpec], BaseLinears] | None = None,
+        join_linears: Callable[[ModelLinears, BaseModelSpec], BaseLinears] = lambda own, _: own,
     ) -> None:
         """shard: what of the model is here; meeting: the directory where all processes that have
         some of it meet; make_adapters: takes the fields of PooledAdapters; join_linears: makes
@@ -90,7 +89,7 @@ class TorchDevice:
         )
         kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype)
         self.page_bytes = page_bytes(hf_config, config.block_size, kv_dtype)
-        spec = _spec(hf_config, device)
+        whole_spec, spec = _specs(whole_config, hf_config, device)
         outline = outline_model(hf_config)
         backend = get_backend(
             config.attention_backend,
@@ -112,6 +111,7 @@ class TorchDevice:
             ),
         )
         model = build_model(config, path, hf_config, dtype, max_model_len, device, shard)
+        head = model.lm_head if isinstance(model, Decoder) else None
         self.num_awaited_pages = 0
         if device.type == "cuda":
             self.steps_ahead = 1
@@ -128,13 +128,11 @@ class TorchDevice:
             )
             self._join(model)
         self.memory, self.num_pages = memory, len(memory)
-        self.linears = _model_linears(model, self.runner.linears)
+        self.linears = ModelLinears(self.runner.linears, model.embedding, head)
         if shard.index == 0:
-            if join_linears is None:
-                spec = replace(spec, linears=self.linears, ends=self.linears)
-            else:
-                spec = sharded_spec(_spec(whole_config, device), spec, shard.count)
-                spec = replace(spec, linears=join_linears(self.linears, spec))
+            if shard.count > 1:
+                spec = sharded_spec(whole_spec, spec, shard.count)
+            spec = replace(spec, linears=join_linears(self.linears, spec))
             self.adapter_store = make_adapters(*self._adapters(config, wake, dtype, spec), memory)
 
     def _adapters(
@@ -244,16 +242,15 @@ def resolve_device(config: EngineConfig, shard: Shard = WHOLE) -> torch.device:
     return torch.device("cpu")
 
 
-def _model_linears(model: Model, linears: list[LinearWithLoRA]) -> ModelLinears:
-    head = model.lm_head if isinstance(model, Decoder) else None
-    return ModelLinears(linears, model.embedding, head)
-
-
-def _spec(hf_config: Any, device: torch.device) -> BaseModelSpec:
-    spec = base_model_spec(hf_config)
+def _specs(
+    whole_config: Any, hf_config: Any, device: torch.device
+) -> tuple[BaseModelSpec, BaseModelSpec]:
+    """Of the model and of a share, whose embedding and head are the whole's to adapters."""
+    whole, share = base_model_spec(whole_config), base_model_spec(hf_config)
     if device.type == "cuda":
-        spec = spec.without_experts("LoRA on experts is served on the CPU, not on GPUs")
-    return spec
+        reason = "LoRA on experts is served on the CPU, not on GPUs"
+        whole, share = whole.without_experts(reason), share.without_experts(reason)
+    return whole, replace(share, embedding=whole.embedding, head=whole.head)
 
 
 def _resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:

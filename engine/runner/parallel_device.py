@@ -113,7 +113,7 @@ class Workers:
         for index, connection in enumerate(self._connections, start=1):
             self._send(connection, _dump(Copy(pages, pages_of(index).numpy())))
 
-    def ask(self, questions: Sequence[Question]) -> list[torch.Tensor]:
+    def ask(self, questions: Sequence[Question]) -> list[Any]:
         """See Askable. Raises RuntimeError if one is gone, and what a worker raised."""
         with self._asking:
             for connection, question in zip(self._connections, questions, strict=True):

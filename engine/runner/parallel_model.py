@@ -81,26 +81,28 @@ class JoinedHead:
         return self._group.join_columns(self._head(hidden, batch))
 
 
-class SummedLookUp:
+class SummedTable:
     """An embedding of which each process has some of the vocabulary."""
 
-    def __init__(self, embedding: Tensor, group: Group) -> None:
-        self._embedding = embedding
-        self._first_id = group.shard.index * len(embedding)
+    def __init__(self, rows: Tensor, group: Group) -> None:
+        self.rows = rows
+        self._first_id = group.shard.index * len(rows)
         self._group = group
 
-    def __call__(self, token_ids: Tensor, batch: Any) -> Tensor:
-        rows = token_ids - self._first_id
-        is_here = (rows >= 0) & (rows < len(self._embedding))
-        x = F.embedding(rows.where(is_here, 0), self._embedding)
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        indices = token_ids - self._first_id
+        is_here = (indices >= 0) & (indices < len(self.rows))
+        x = F.embedding(indices.where(is_here, 0), self.rows)
         return self._group.add_up(x * is_here.unsqueeze(-1))
 
 
 def join_model(model: Decoder, group: Group) -> None:
     """Have a share compute with the others. What adapters attach to is wrapped already: a sum is of
-    their products, too."""
+    their products, too. Their parts in embedding and head are the same in all processes, which
+    apply them to what they have joined."""
     for layer in model.layers:
         for owner, name in summed_linears(layer):
             setattr(owner, name, SummedLinear(getattr(owner, name), group))
-    setattr(model, "look_up", SummedLookUp(model.embedding, group))  # noqa: B010 (a method)
-    setattr(model, "lm_head", JoinedHead(model.lm_head, group))  # noqa: B010 (for its type)
+    setattr(model, "tokens", SummedTable(model.embedding, group))  # noqa: B010 (for its type)
+    head: Any = model.lm_head
+    head.base = JoinedHead(head.base, group)

@@ -180,6 +180,24 @@ def test_magnitudes_and_biases_in_two_shares_equal_peft(
     check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=2)
 
 
+ENDS: dict[str, dict[str, object]] = {
+    # PEFT saves the base model's matrices with the first.
+    "LoRA": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "matrices": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [3, 65, 66, 131]},
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_parts_in_embedding_and_head_in_two_shares_equal_peft(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+):
+    config = tiny_config("Qwen3", vocab_size=132, **HEADS)
+    adapters = write_random_model(config, tmp_path, ENDS[kind])
+    monkeypatch.setattr(parallel_device.subprocess, "Popen", WorkerThread)
+    check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=2)
+
+
 @pytest.mark.parametrize("case", ["StableLM 2 12B", "OLMo 2", "Falcon 40B", "OPT"])
 def test_other_architectures_are_refused_by_name(case: str):
     config = tiny_config(case)

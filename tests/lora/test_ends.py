@@ -37,7 +37,7 @@ SPEC = replace(
     llama_spec(hidden=HIDDEN),
     embedding=LoRAModule("model.embed_tokens", "model.embed_tokens", VOCAB_SIZE, HIDDEN),
     head=LoRAModule("lm_head", "lm_head", HIDDEN, VOCAB_SIZE),
-    ends=Linears(),
+    linears=Linears(),
 )
 
 
@@ -195,7 +195,7 @@ def test_what_is_not_served_is_refused_by_name(tmp_path, tensors, config, compla
     assert complaint in str(caught.value)
 
 
-class Biasless:
+class Biasless(Linears):
     def bias(self, layer, module_id) -> torch.Tensor:
         return torch.zeros(HIDDEN)
 
