@@ -199,7 +199,10 @@ class AsyncEngine:
         """Learn where the core has the adapter's files. It is asked once, however many wait."""
         locating = self._locating.get(lora_request)
         if locating is None:
-            locating = asyncio.ensure_future(self._manage("locate_adapter", lora_request))
+            known = self._tokenizers.known_version(lora_request)
+            locating = asyncio.ensure_future(
+                self._manage("locate_adapter", lora_request, known_version=known)
+            )
             self._locating[lora_request] = locating
 
             def forget(done: asyncio.Future[dict[str, Any]]) -> None:

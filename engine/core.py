@@ -225,10 +225,12 @@ class EngineCore:
         never evicted from there. The future may have a ValueError."""
         return self._lifecycle.preload(lora_request, tier, pin)
 
-    def locate_adapter(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
-        """Bring an adapter's files to this machine: in which `directory` they are, and of which
-        `version`. The future may have a ValueError."""
-        return self._lifecycle.locate(lora_request)
+    def locate_adapter(
+        self, lora_request: LoRARequest, known_version: str = ""
+    ) -> Future[dict[str, Any]]:
+        """The `version` of an adapter, and if it is not the known one, the `directory` of its
+        files, which are brought to this machine. The future may have a ValueError."""
+        return self._lifecycle.locate(lora_request, known_version)
 
     def unpin_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
         """Let an adapter be evicted again. Raises RequestError."""

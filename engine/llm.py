@@ -314,7 +314,10 @@ class LLM:
         with self._turn:
             wanted = {lora for lora in lora_requests if isinstance(lora, LoRARequest)}
             missing = [lora for lora in wanted if not self._tokenizers.is_placed(lora)]
-            located = {lora: self._core.locate_adapter(lora) for lora in missing}
+            located = {
+                lora: self._core.locate_adapter(lora, self._tokenizers.known_version(lora))
+                for lora in missing
+            }
             for lora, operation in located.items():
                 try:
                     self._tokenizers.learn(lora, **self._wait_for(operation))

@@ -59,10 +59,10 @@ class AdapterLifecycle:
         read; if it can't be, they go on with the old one, as those that run do in any case."""
         return self._start(self._refresh(lora_request))
 
-    def locate(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
-        """Find the directory of an adapter's files, and the version that they are of. The adapter
-        is read into host memory meanwhile: who asks will want it."""
-        return self._start(self._locate(lora_request))
+    def locate(self, lora_request: LoRARequest, known_version: str) -> Future[dict[str, Any]]:
+        """Find the version of an adapter and, if it is not the known one, the directory of its
+        files. The adapter is read into host memory meanwhile: who asks will want it."""
+        return self._start(self._locate(lora_request, known_version))
 
     def unpin(self, lora_request: LoRARequest) -> dict[str, Any]:
         """The adapter may be evicted again."""
@@ -169,18 +169,24 @@ class AdapterLifecycle:
                 yield from self._bring(adapter, pinned_tier, pin=True)
             return self._describe(adapter) | {"changed": True}
 
-    def _locate(self, lora_request: LoRARequest) -> Operation:
+    def _locate(self, lora_request: LoRARequest, known_version: str) -> Operation:
         try:
             while True:
                 adapter = yield from self._find(lora_request)
+                version = adapter.version.hex()
                 with self._held(adapter):
+                    if version == known_version:
+                        adapter.files.close()
+                        return {"version": version, "directory": None}
                     located = self._store.locate(adapter.files)
                     located.add_done_callback(lambda _: self._on_fetched())
-                    self._read_now(adapter)
+                    if adapter.residency is Residency.ABSENT:
+                        self._read_now(adapter)
+                    adapter.files.close()
                     while not located.done():
                         yield
                     if not isinstance(located.exception(), AdapterChanged):
-                        return {"directory": located.result(), "version": adapter.version.hex()}
+                        return {"version": version, "directory": located.result()}
                     self._resolver.forget(adapter)
         except ValueError:
             self._adapters.tally[lora_request.lora_name].failures += 1

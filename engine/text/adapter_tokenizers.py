@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -32,7 +33,8 @@ PLACE_SECONDS = 60.0
 class _Place:
     """Where an adapter's files are, and the key of what was read there."""
 
-    directory: Path
+    directory: Path | None
+    """None if it has been read."""
     key: Hashable
     valid_until: float
 
@@ -46,8 +48,9 @@ class AdapterTokenizers:
         self._base = base
         self._base_path = Path(base_path)
         self._clock = clock
-        # In order of use, the last used at the end. None stands for the base model's.
-        self._found: OrderedDict[Hashable, Tokenizer | None] = OrderedDict()
+        # In order of use, the last used at the end; and of what has nothing of its own.
+        self._found: OrderedDict[Hashable, Tokenizer] = OrderedDict()
+        self._plain: OrderedDict[Hashable, None] = OrderedDict()
         # Of adapters from elsewhere, by reference and token, as they were learnt.
         self._places: OrderedDict[tuple[AdapterReference, str | None], _Place] = OrderedDict()
 
@@ -60,17 +63,21 @@ class AdapterTokenizers:
         place = self._places.get((reference, lora_request.token))
         if place is None or self._clock() >= place.valid_until:
             return False
-        return place.key in self._found or place.directory.is_dir()
+        return self._has_read(place) or (place.directory is not None and place.directory.is_dir())
 
-    def learn(self, lora_request: LoRARequest, directory: str, version: str) -> None:
-        """The core has the files of an adapter's version here."""
+    def known_version(self, lora_request: LoRARequest) -> str:
+        """That of which no file need be read again; "" if there is none."""
+        place = self._place(lora_request)
+        return str(place.key) if place is not None and self._has_read(place) else ""
+
+    def learn(self, lora_request: LoRARequest, version: str, directory: str | None) -> None:
+        """The core has this version of an adapter, in this directory if it is not the known one."""
         reference = _reference(lora_request)
         assert reference is not None
         key = reference, lora_request.token
-        self._places.pop(key, None)
-        self._places[key] = _Place(Path(directory), version, self._clock() + PLACE_SECONDS)
-        if len(self._places) > MAX_NUM_PLACES:
-            self._places.popitem(last=False)
+        path = None if directory is None else Path(directory)
+        place = _Place(path, version, self._clock() + PLACE_SECONDS)
+        _remember(self._places, key, place, MAX_NUM_PLACES)
 
     def forget(self, lora_request: LoRARequest) -> None:
         """The adapter may have another version now, whatever token reads it."""
@@ -81,7 +88,7 @@ class AdapterTokenizers:
     def is_at_hand(self, lora_request: LoRARequest | None) -> bool:
         """Whether `find` need read no file."""
         place = self._place(lora_request)
-        return place is None or place.key in self._found
+        return place is None or self._has_read(place)
 
     def find(self, lora_request: LoRARequest | None) -> Tokenizer:
         """The adapter's tokenizer, as its files are now, or the base model's.
@@ -91,12 +98,20 @@ class AdapterTokenizers:
         place = self._place(lora_request)
         if place is None:
             return self._base
-        if place.key not in self._found:
-            self._found[place.key] = self._load(place.directory)
-            if len(self._found) > MAX_NUM_REMEMBERED:
-                self._found.popitem(last=False)
+        if not self._has_read(place):
+            assert place.directory is not None
+            tokenizer = self._load(place.directory)
+            if tokenizer is None:
+                _remember(self._plain, place.key, None, MAX_NUM_PLACES)
+            else:
+                _remember(self._found, place.key, tokenizer, MAX_NUM_REMEMBERED)
+        if place.key in self._plain:
+            return self._base
         self._found.move_to_end(place.key)
-        return self._found[place.key] or self._base
+        return self._found[place.key]
+
+    def _has_read(self, place: _Place) -> bool:
+        return place.key in self._plain or place.key in self._found
 
     def _place(self, lora_request: LoRARequest | None) -> _Place | None:
         """None if there is nothing of its own, as far as is known."""
@@ -119,6 +134,14 @@ class AdapterTokenizers:
         if template is None or template == self._base.chat_template:
             return None
         return self._base.with_chat_template(template)
+
+
+def _remember(memory: OrderedDict[Any, Any], key: Hashable, value: Any, most: int) -> None:
+    """At the end; what is at the beginning is forgotten if there are too many."""
+    memory[key] = value
+    memory.move_to_end(key)
+    if len(memory) > most:
+        memory.popitem(last=False)
 
 
 def _reference(lora_request: LoRARequest | None) -> AdapterReference | None:

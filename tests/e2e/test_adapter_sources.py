@@ -55,7 +55,9 @@ def test_one_adapter_from_everywhere_is_one_adapter(
             llm.check_integrity()
 
 
-def test_chat_templates_come_with_adapters(model, make, hub, server, tmp_path, credentials):
+def test_chat_templates_come_with_adapters(
+    model, make, hub, server, tmp_path, credentials, monkeypatch
+):
     """From the hub and from S3, before a prompt is made of the messages."""
     with_tokenizer = shutil.copytree(model, tmp_path / "model")
     write_tokenizer(with_tokenizer, 255)
@@ -81,6 +83,13 @@ def test_chat_templates_come_with_adapters(model, make, hub, server, tmp_path, c
             assert prompts(of_hub) == ["hi!"], "until it is refreshed"
             assert llm.refresh_adapter(of_hub)["changed"]
             assert prompts(of_hub, of_s3) == ["hi.", "hi?"]
+            # An hour later, without the hub and without files: all that is needed is in memory.
+            server.add_fault("/", status=503, times=10**6)
+            shutil.rmtree(cache)
+            monkeypatch.setattr(llm._tokenizers, "_clock", lambda: time.monotonic() + 3600)
+            assert not llm._tokenizers.is_placed(of_hub)
+            assert prompts(of_hub) == ["hi."]
+            server.clear_faults()
             with pytest.raises(ValueError, match="acme/nothing"):
                 llm.generate("hi", PARAMS, LoRARequest("b", "acme/nothing"), use_tqdm=False)
             assert llm.stats()["adapters"]["b"]["failures"] >= 1

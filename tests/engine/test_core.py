@@ -322,3 +322,8 @@ def test_files_are_located_while_requests_run():
     core._device.adapter_store.finish_fetches()
     run_to_end(core)
     assert located.result()["directory"] == failing.result()["directory"] == "/nowhere"
+    version = located.result()["version"]
+    known = core.locate_adapter(LoRARequest("a", "a:pages=2"), version)
+    run_to_end(core)
+    assert known.result() == {"version": version, "directory": None}
+    assert len(core._device.adapter_store.located) == 2

@@ -66,7 +66,9 @@ class ServedCore(FakeCore):
         self.num_tokens = 0
         self.locating: list[tuple[Path, Future[dict[str, Any]]]] = []
 
-    def locate_adapter(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
+    def locate_adapter(
+        self, lora_request: LoRARequest, known_version: str = ""
+    ) -> Future[dict[str, Any]]:
         """In FAKE_HUB, if the environment has it, by the last part of the path, and not while a
         file of that name with ".held" at its end is there."""
         if "FAKE_HUB" not in os.environ:

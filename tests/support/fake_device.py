@@ -105,6 +105,7 @@ class FakeStore:
         self.fetches: list[tuple[LoRARequest, Future[FakeFiles]]] = []
         self.versions: Counter[str] = Counter()
         self.files: list[FakeFiles] = []
+        self.located: list[FakeFiles] = []
         self.images: set[bytes] = set()
         self.pinned: set[bytes] = set()
         self.broken: set[bytes] = set()
@@ -143,6 +144,7 @@ class FakeStore:
 
     def locate(self, files: FakeFiles) -> Future[str]:
         located: Future[str] = Future()
+        self.located.append(files)
         located.set_result("/nowhere")
         return located
 

@@ -242,7 +242,9 @@ class FakeCore:
         done.set_result(self.loaded[lora_request.lora_path])
         return done
 
-    def locate_adapter(self, lora_request: LoRARequest) -> Future[dict[str, Any]]:
+    def locate_adapter(
+        self, lora_request: LoRARequest, known_version: str = ""
+    ) -> Future[dict[str, Any]]:
         """Done at once, in a directory that has nothing of its own."""
         done: Future[dict[str, Any]] = Future()
         self.located.append(lora_request.lora_path)

@@ -64,7 +64,7 @@ def test_files_of_an_adapter_from_elsewhere(base, base_path, tmp_path):
         (tmp_path / version).mkdir()
         (tmp_path / version / "chat_template.jinja").write_text(version)
     assert not tokenizers.is_placed(mine)
-    tokenizers.learn(mine, str(tmp_path / "1"), "one")
+    tokenizers.learn(mine, "one", str(tmp_path / "1"))
     assert tokenizers.is_placed(mine) and not tokenizers.is_placed(theirs)
     assert not tokenizers.is_at_hand(mine)
     found = tokenizers.find(mine)
@@ -76,12 +76,16 @@ def test_files_of_an_adapter_from_elsewhere(base, base_path, tmp_path):
     assert tokenizers.is_placed(mine) and tokenizers.find(mine) is found, "it was read"
     now = 61.0
     assert not tokenizers.is_placed(mine)
-    tokenizers.learn(mine, str(tmp_path / "2"), "two")
+    assert tokenizers.known_version(mine) == "one"
+    tokenizers.learn(mine, "one", None)
+    assert tokenizers.is_placed(mine) and tokenizers.find(mine) is found
+    now = 122.0
+    tokenizers.learn(mine, "two", str(tmp_path / "2"))
     assert tokenizers.find(mine).chat_template == "2"
     tokenizers.forget(theirs)
     assert not tokenizers.is_placed(mine), "the version may be another for all"
 
-    tokenizers.learn(theirs, str(tmp_path / "gone"), "three")
+    tokenizers.learn(theirs, "three", str(tmp_path / "gone"))
     assert not tokenizers.is_placed(theirs), "what is not there any more is asked for again"
 
 
