@@ -211,7 +211,10 @@ class EngineCore:
         structure, grammar = request.sampling_params.structured_outputs, None
         if structure is not None:
             grammar = self._grammars.start(structure, request.eos_token_ids)
-        self._scheduler.add(Request(request, grammar=grammar))
+        num_added_tokens = max(request.prompt_token_ids) + 1 - self.model_info.vocab_size
+        self._scheduler.add(
+            Request(request, grammar=grammar, num_added_tokens=max(num_added_tokens, 0))
+        )
 
     def abort_requests(self, request_ids: Sequence[str]) -> None:
         """End requests; each gets an output from the next step. Unknown ids are ignored."""

@@ -6,6 +6,7 @@ import enum
 import time
 from typing import TYPE_CHECKING
 
+from loraplex.engine.errors import RequestError
 from loraplex.engine.messages import (
     AdapterWait,
     EngineOutput,
@@ -56,6 +57,7 @@ class Request:
         "max_num_tokens",
         "entered_time",
         "num_cached_tokens",
+        "num_added_tokens",
         "num_computed_tokens",
         "num_keyed_blocks",
         "num_preemptions",
@@ -71,7 +73,11 @@ class Request:
     )
 
     def __init__(
-        self, wire: EngineRequest, adapter: Adapter | None = None, grammar: Grammar | None = None
+        self,
+        wire: EngineRequest,
+        adapter: Adapter | None = None,
+        grammar: Grammar | None = None,
+        num_added_tokens: int = 0,
     ) -> None:
         params = wire.sampling_params
         self.wire = wire
@@ -80,6 +86,8 @@ class Request:
         # The first token that the adapter acts on; from none on, if it is the number of all tokens
         # that there may be. Known when the adapter is in the pool.
         self.adapter_start = 0
+        # Beyond the base model's, so many at least must the adapter have for the prompt.
+        self.num_added_tokens = num_added_tokens
         self.grammar = grammar
         self.status = RequestStatus.WAITING
         self.all_token_ids = list(wire.prompt_token_ids)
@@ -149,8 +157,17 @@ class Request:
             wait.host_load = _overlap(waited, self.adapter.read_interval)
             wait.copy = _overlap(waited, self.adapter.copy_interval)
 
-    def find_adapter_start(self) -> None:
-        """Called when the adapter is in the pool."""
+    def meet_adapter(self) -> None:
+        """Called when the adapter, if it has one, is in the pool. Raises RequestError for a prompt
+        with tokens that it does not have."""
+        traits = None if self.adapter is None else self.adapter.traits
+        num_known = 0 if traits is None else traits.num_added_tokens
+        if self.num_added_tokens > num_known:
+            raise RequestError(
+                f"token id {max(self.wire.prompt_token_ids)} in prompt is not allowed: it is "
+                f"{self.num_added_tokens} beyond the base model's vocabulary, to which the adapter "
+                f"{self.adapter_name!r} adds {num_known} tokens"
+            )
         if self.adapter is not None:
             start = self.adapter.traits.first_token(self.wire.prompt_token_ids)
             self.adapter_start = self.max_num_tokens if start is None else start

@@ -57,7 +57,7 @@ def place_ends(
                 tied = _replace_rows(module, tensors, True, spec, config)
                 weights = replace(weights, head=tied)
             continue
-        _check_shapes(module, base, is_head)
+        _check_shapes(module, base, is_head, spec)
         if "base" in module.tensors:
             _check_copy(tensors(module.tensors["base"]), module.tensors["base"], is_head, spec)
         if module.rank == 0:
@@ -67,6 +67,7 @@ def place_ends(
                 tensors(module.tensor_a), tensors(module.tensor_b), scaling=module.scaling
             )
         weights = _with_end(weights, end, is_head)
+    _check_added_tokens(weights, spec)
     return weights
 
 
@@ -110,20 +111,39 @@ def _replace_rows(
     return EndWeights(pick, difference.T.contiguous())
 
 
-def _check_shapes(module: TargetedModule, base: LoRAModule, is_head: bool) -> None:
+def _check_added_tokens(weights: AdapterWeights, spec: BaseModelSpec) -> None:
+    """A token is read and written, or neither."""
+    if spec.embedding is None or spec.head is None:
+        return
+    num_tokens = spec.embedding.in_features
+    numbers = [
+        num_tokens if end is None or end.b is not None else end.a.shape[0]
+        for end in (weights.embedding, weights.head)
+    ]
+    if max(numbers) > num_tokens and numbers[0] != numbers[1]:
+        raise AdapterError(
+            f"{spec.embedding.path} is for {numbers[0]} tokens and {spec.head.path} for "
+            f"{numbers[1]}, which is not allowed: with tokens beyond the base model's "
+            f"{num_tokens} an adapter must have both matrices, of as many rows"
+        )
+
+
+def _check_shapes(
+    module: TargetedModule, base: LoRAModule, is_head: bool, spec: BaseModelSpec
+) -> None:
     matrix = [base.out_features, base.in_features] if is_head else [
         base.in_features, base.out_features
     ]  # fmt: skip
     found = [module.out_features, module.in_features]
     expected = matrix if is_head or module.rank == 0 else matrix[::-1]
-    # Of a model whose vocabulary was cut down to its tokenizer's.
-    is_part = module.rank == 0 and found[1] == matrix[1] and 0 < found[0] < matrix[0]
-    if found != expected and not is_part:
+    # Of a model whose vocabulary was cut down to its tokenizer's, or has tokens added.
+    is_own = module.rank == 0 and found[1] == matrix[1] and found[0] > 0
+    if found != expected and not (is_own and (found[0] < matrix[0] or spec.serves_added_tokens)):
         name = module.tensors.get("replacement", module.tensors.get("B"))
         raise AdapterError(
             f"tensor {name!r} is of a matrix {found}, expected {expected}: {base.name} of the "
             f"base model is for {matrix[0]} tokens; an adapter with added tokens, whose "
-            "vocabulary was resized, is not served"
+            "vocabulary was resized, is served on the CPU only, and without LoRA on these modules"
         )
 
 
@@ -207,15 +227,26 @@ class EndBatch:
                 parts.append((slice(begin, end), segment.traits.head, segment.pages))
         return HeadBatch(self, parts) if parts else None
 
+    def clamped(self, token_ids: Tensor) -> Tensor:
+        """The token ids with the base model's last one for those that it has not, whose rows are
+        the adapters' own."""
+        return token_ids.clamp(max=self._vocab_size - 1)
+
+    def widened(self, y: Tensor, ends: Sequence[EndTiles]) -> Tensor:
+        """y [rows, vocab_size] with columns for what these heads add, impossible until set."""
+        num_tokens = max((end.rank for end in ends if end.b_tile == 0), default=0)
+        num_added = num_tokens - self._vocab_size
+        return F.pad(y, (0, num_added), value=-torch.inf) if num_added > 0 else y
+
     def change_logits(self, y: Tensor, x: Tensor, end: EndTiles, pages: Tensor) -> None:
-        """y [rows, vocab_size], of the base model's head, becomes the adapter's own."""
+        """y [rows, at least vocab_size], of the base model's head, becomes the adapter's own."""
         if end.b_tile == 0:
             y[:, : end.rank] = F.linear(x, self._matrix(pages, end.a_tile, end.rank, x.shape[1]))
             y[:, end.rank :] = -torch.inf
             return
         a = self._matrix(pages, end.a_tile, end.rank, x.shape[1]).float()
         b = self._matrix(pages, end.b_tile, end.rank, self._vocab_size).float()
-        y += ((x.float() @ a.T) @ b).to(y.dtype)
+        y[:, : self._vocab_size] += ((x.float() @ a.T) @ b).to(y.dtype)
 
     def _tile(self, pages: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
         tiles_per_page = self._tiles.shape[1]
@@ -253,9 +284,12 @@ class HeadBatch:
     ends: EndBatch
     parts: list[tuple[slice, EndTiles, Tensor]]
 
-    def add(self, y: Tensor, x: Tensor) -> None:
+    def change(self, y: Tensor, x: Tensor) -> Tensor:
+        """The logits [rows, vocab_size or more], where y has those of the base model's head."""
+        y = self.ends.widened(y, [end for _, end, _ in self.parts])
         for rows, end, pages in self.parts:
             self.ends.change_logits(y[rows], x[rows], end, pages)
+        return y
 
 
 class HeadWithLoRA:
@@ -266,9 +300,7 @@ class HeadWithLoRA:
 
     def __call__(self, x: Tensor, batch: HeadBatch | None) -> Tensor:
         y = self.base(x, None)
-        if batch is not None:
-            batch.add(y, x)
-        return y
+        return y if batch is None else batch.change(y, x)
 
 
 class BatchWithEnds(Protocol):
@@ -286,7 +318,8 @@ class EmbeddingWithLoRA:
     def __call__(self, token_ids: Tensor, batch: BatchWithEnds) -> Tensor:
         look_up = self._base()
         assert look_up is not None
-        x = look_up(token_ids, batch)
-        if batch.ends is not None:
-            batch.ends.look_up(x, token_ids)
+        if batch.ends is None:
+            return look_up(token_ids, batch)
+        x = look_up(batch.ends.clamped(token_ids), batch)
+        batch.ends.look_up(x, token_ids)
         return x

@@ -200,9 +200,17 @@ def pack_image(
         module_mask=_mask(ranks),
         vector_mask=_mask(weights.gains),
         invocation_token_ids=weights.invocation_token_ids,
+        num_added_tokens=_num_added_tokens(weights, spec),
         **ends,
     )
     return AdapterImage(buffer, num_pages, page_bytes, traits, dtype)
+
+
+def _num_added_tokens(weights: AdapterWeights, spec: BaseModelSpec) -> int:
+    end = weights.embedding
+    if end is None or end.b is not None or spec.embedding is None:
+        return 0
+    return max(0, end.a.shape[0] - spec.embedding.in_features)
 
 
 class _Matrix(NamedTuple):

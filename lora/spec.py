@@ -95,6 +95,8 @@ class AdapterTraits:
     head: EndTiles | None = None
     invocation_token_ids: tuple[int, ...] = ()
     """It acts from the last place on where the prompt has these tokens; (): everywhere."""
+    num_added_tokens: int = 0
+    """Beyond those of the base model, with the token ids that follow."""
 
     @property
     def has_ends(self) -> bool:
@@ -134,6 +136,8 @@ class BaseModelSpec:
     now."""
     refused_parts: Mapping[str, str] = field(default_factory=dict)
     """By the path of a part of a layer, as in "mlp.experts", why adapters can't target it here."""
+    serves_added_tokens: bool = False
+    """Whether adapters may have tokens beyond the base model's."""
     linears: BaseLinears | None = field(default=None, compare=False, repr=False)
     """None: only what fits is known, so that adapters that need them can't be loaded."""
 

@@ -62,7 +62,11 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
 
     def logits(self, hidden: Tensor, batch: Any = None) -> Tensor:
         logits, cap = super().logits(hidden, batch), self.config.final_logit_softcapping
-        return logits if cap is None else (logits / cap).tanh() * cap
+        if cap is None:
+            return logits
+        capped = (logits / cap).tanh() * cap
+        # What adapters make impossible stays so.
+        return capped if batch is None else capped.where(~logits.isneginf(), -torch.inf)
 
 
 class Gemma3ForCausalLM(Gemma2ForCausalLM):

@@ -73,12 +73,13 @@ def adjust_part(
 def penalties_of(logits: torch.Tensor, masks: Sequence[AnyGrammar | Int32Array]) -> torch.Tensor:
     """0 where masks have a bit, else -inf: float32 [N, vocab_size], where the logits are. A byte at
     a time: eight tokens for the price of one."""
-    words = np.empty((len(masks), -(-logits.shape[1] // 32)), np.int32)
+    # Tokens that an adapter adds are in no mask.
+    words = np.zeros((len(masks), -(-logits.shape[1] // 32)), np.int32)
     for mask, row in zip(masks, words, strict=True):
         if isinstance(mask, np.ndarray):
-            row[:] = mask
+            row[: len(mask)] = mask
         else:
-            mask.fill_mask(row)
+            mask.fill_mask(row[: mask.mask_words])
     octets = to_device_of(logits, words.view(np.uint8)).int()
     penalties = torch.nn.functional.embedding(octets, to_device_of(logits, OCTET_PENALTIES))
     return penalties.flatten(1)[:, : logits.shape[1]]

@@ -247,7 +247,10 @@ def _specs(
 ) -> tuple[BaseModelSpec, BaseModelSpec]:
     """Of the model and of a share, whose embedding and head are the whole's to adapters."""
     whole, share = base_model_spec(whole_config), base_model_spec(hf_config)
-    if device.type == "cuda":
+    if device.type == "cpu":
+        # On a GPU logits have room for the base model's tokens only.
+        whole, share = (replace(spec, serves_added_tokens=True) for spec in (whole, share))
+    else:
         reason = "LoRA on experts is served on the CPU, not on GPUs"
         whole, share = whole.without_experts(reason), share.without_experts(reason)
     return whole, replace(share, embedding=whole.embedding, head=whole.head)

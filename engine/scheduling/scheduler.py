@@ -158,6 +158,8 @@ class Scheduler:
         for request in candidates:
             try:
                 is_ready = self._bring_adapter(request)
+                if is_ready:
+                    request.meet_adapter()
             except ValueError as error:
                 self._waiting.remove(request)
                 self._adapter_failed(request, error)
@@ -215,7 +217,6 @@ class Scheduler:
         """Start or resume a request; returns its tokens for this step, 0 if memory lacks."""
         if request.num_pending_tokens:
             return 0  # Just preempted for lack of memory, while a step samples its next token.
-        request.find_adapter_start()
         prefix = self._kv.find_prefix(request)
         num_computed_tokens = len(prefix) * self._kv.block_size
         num_new_tokens = request.chunk(num_computed_tokens, budget)

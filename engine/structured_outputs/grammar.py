@@ -35,8 +35,13 @@ class AdmittedTokens:
 
     mask: npt.NDArray[np.int32]  # as Grammar.fill_mask fills it
 
+    @property
+    def mask_words(self) -> int:
+        return len(self.mask)
+
     def admits(self, token_id: int) -> bool:
-        return bool(self.mask[token_id // 32] >> token_id % 32 & 1)
+        is_known = token_id // 32 < len(self.mask)
+        return is_known and bool(self.mask[token_id // 32] >> token_id % 32 & 1)
 
     def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
         mask[:] = self.mask
@@ -49,6 +54,7 @@ class Grammar:
         self, compiled: Future[Any], eos_token_ids: Sequence[int], vocab_size: int
     ) -> None:
         self.mask_words = -(-vocab_size // 32)
+        self._vocab_size = vocab_size
         """int32 words in a mask."""
         self._compiled = compiled
         self._eos_token_ids = list(eos_token_ids)
@@ -86,7 +92,10 @@ class Grammar:
     def admits(self, token_id: int) -> bool:
         """Whether this token may follow. It takes some microseconds, `fill_mask` up to thousands
         of times as long."""
-        if token_id in self._textless or not self._matcher.accept_token(token_id):
+        # An adapter's own tokens are none that the grammar knows.
+        if token_id in self._textless or token_id >= self._vocab_size:
+            return False
+        if not self._matcher.accept_token(token_id):
             return False
         self._matcher.rollback(1)
         return True

@@ -19,6 +19,7 @@ from loraplex.engine.text.tokenizer import Tokenizer
 
 Prompt = str | list[int] | dict[str, Any]
 PROMPT_KEYS = {"prompt", "prompt_token_ids"}
+MAX_NUM_TOKENS = 1 << 31  # as token ids are counted in a step
 
 
 class InputProcessor:
@@ -47,6 +48,9 @@ class InputProcessor:
         tokenizer = tokenizer or self._tokenizer
         self._check_params(sampling_params)
         prompt_token_ids = self._prompt_token_ids(prompt, tokenizer)
+        # An adapter may have tokens of its own, which the core knows.
+        num_tokens = None if lora_request is None else MAX_NUM_TOKENS
+        self._check_token_ids("prompt", prompt_token_ids, num_tokens)
         own = [] if tokenizer is None else tokenizer.eos_token_ids
         eos_token_ids = sorted({*self._model_info.eos_token_ids, *own})
         max_tokens = self._max_tokens(len(prompt_token_ids), sampling_params)
@@ -98,7 +102,6 @@ class InputProcessor:
             raise ValueError(
                 f"prompt={describe(prompt)} is not allowed: it must have one token at least"
             )
-        self._check_token_ids("prompt", token_ids)
         return token_ids
 
     def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
@@ -117,8 +120,11 @@ class InputProcessor:
             )
         return left if params.max_tokens is None else min(params.max_tokens, left)
 
-    def _check_token_ids(self, field: str, token_ids: Iterable[int]) -> None:
-        vocab_size = self._model_info.vocab_size
+    def _check_token_ids(
+        self, field: str, token_ids: Iterable[int], vocab_size: int | None = None
+    ) -> None:
+        """vocab_size: the base model's by default."""
+        vocab_size = vocab_size or self._model_info.vocab_size
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < vocab_size:
                 raise ValueError(

@@ -12,13 +12,17 @@ from tiny_model import (
     VOCAB_SIZE,
     Oracles,
     check_against_peft,
+    grow,
     tiny_llm,
     write_peft_adapter,
     write_tiny_model,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from loraplex import LoRARequest, SamplingParams
+from loraplex import LLM, LoRARequest, SamplingParams
 
 PLAIN = {"target_modules": "all-linear"}
 
@@ -165,6 +169,94 @@ def test_a_vocabulary_cut_down_to_the_tokenizers(model_path, tmp_path, one_threa
     prompts = [[rng.randrange(200) for _ in range(n)] for n in (1, 9, 40)]
     with tiny_llm(model_path) as llm:
         check_against_peft(llm, oracle, {"cut": LoRARequest("cut", str(cut))}, prompts)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_added_tokens(tmp_path, one_thread, is_tied):
+    """Trained (modules_to_save), or only saved because the embedding was resized."""
+    model_path = write_tiny_model(tmp_path / "model", tie_word_embeddings=is_tied)
+    plain = write_peft_adapter(model_path, tmp_path / "plain", **PLAIN)
+    oracle = Oracles(model_path, {"plain": plain})
+    requests = {"plain": LoRARequest("plain", str(plain))}
+    for name, num_added, config in (
+        ("trained", 5, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        # As PEFT does by itself where the model at its path is smaller.
+        ("resized", 40, {"save_embedding_layers": True}),
+    ):
+        grown = grow(model_path, tmp_path / f"grown-{name}", VOCAB_SIZE + num_added)
+        path = write_peft_adapter(grown, tmp_path / name, **PLAIN, **config)
+        oracle.add(grown, name, path)
+        requests[name] = LoRARequest(name, str(path))
+    rng = random.Random(0)
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(n)] for n in (1, 9, 40)]
+    own = [rng.randrange(VOCAB_SIZE) for _ in range(20)] + [VOCAB_SIZE + 4, 3, VOCAB_SIZE + 1]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, detokenize=False)
+    with tiny_llm(model_path) as llm:
+        check_against_peft(llm, oracle, requests, prompts)
+        names, added = ["trained", "resized"], set()
+        loras = [requests[name] for name in names]
+        for name, output in zip(names, llm.generate([own, own], params, loras), strict=True):
+            tokens = output.outputs[0].token_ids
+            assert tokens == oracle.score(own, tokens, name).greedy_token_ids
+            added |= {token for token in tokens if token >= VOCAB_SIZE}
+        assert added, "some of the outputs' tokens are added ones"
+        check_sampling(llm, own, loras[1])
+        for lora, words in (
+            (requests["trained"], "'trained' adds 5 tokens"),
+            (requests["plain"], "'plain' adds 0 tokens"),
+            (None, f"it must be 0 to {VOCAB_SIZE - 1}"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                llm.generate([[1, VOCAB_SIZE + 5]], lora_request=lora, use_tqdm=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_added_tokens_have_the_text_of_the_adapters_tokenizer(tmp_path, one_thread):
+    model_path = write_tiny_model(tmp_path / "model")
+    words = {f"w{token_id}": token_id for token_id in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(model_path / "tokenizer.json"))
+    grown = grow(model_path, tmp_path / "grown", VOCAB_SIZE + 30)
+    path = write_peft_adapter(grown, tmp_path / "own", save_embedding_layers=True, **PLAIN)
+    tokenizer.add_tokens([f"own{index}" for index in range(30)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    lora, oracle = LoRARequest("own", str(path)), Oracles(model_path, {})
+    oracle.add(grown, "own", path)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    with tiny_llm(model_path, skip_tokenizer_init=False) as llm:
+        (output,) = llm.generate(["w5 own29 w7"], params, lora_request=lora)
+        assert output.prompt_token_ids == [5, VOCAB_SIZE + 29, 7]
+        tokens = output.outputs[0].token_ids
+        assert tokens == oracle.score(output.prompt_token_ids, tokens, "own").greedy_token_ids
+        expected = [f"w{t}" if t < VOCAB_SIZE else f"own{t - VOCAB_SIZE}" for t in tokens]
+        assert output.outputs[0].text.split() == expected
+        assert "own" in output.outputs[0].text
+
+
+def check_sampling(llm: LLM, prompt: list[int], lora: LoRARequest) -> None:
+    """With all that goes by the vocabulary's size, beside requests to the base model."""
+    options = [
+        {"temperature": 1.0, "seed": 1},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.01, "seed": 2},
+        {"temperature": 1.0, "repetition_penalty": 1.3, "frequency_penalty": 0.2, "seed": 3},
+        {"temperature": 1.0, "allowed_token_ids": [3, 5, 7], "seed": 4},
+        {"temperature": 0.0, "logprobs": 20, "prompt_logprobs": 2},
+    ]
+    params = [
+        SamplingParams(max_tokens=12, ignore_eos=True, detokenize=False, **o) for o in options
+    ]
+    alone = llm.generate([prompt[:20]] * len(params), params, use_tqdm=False)
+    mixed = llm.generate(
+        [prompt] * len(params) + [prompt[:20]] * len(params),
+        params * 2,
+        lora_request=[lora] * len(params) + [None] * len(params),
+        use_tqdm=False,
+    )
+    tokens = [output.outputs[0].token_ids for output in mixed]
+    assert tokens[len(params) :] == [output.outputs[0].token_ids for output in alone]
+    assert set(tokens[3]) <= {3, 5, 7}
 
 
 def write_fused_twin(model_path: Path, path: Path) -> Path:

@@ -12,6 +12,7 @@ import torch
 from architecture_check import check_batch
 from architectures import all_linears, architecture_of, tiny_config, write_random_model
 from quantised_models import SHAPE
+from tiny_model import grow, tiny_llm, write_peft_adapter, write_tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex import LLM, LoRARequest, SamplingParams
@@ -196,6 +197,26 @@ def test_parts_in_embedding_and_head_in_two_shares_equal_peft(
     adapters = write_random_model(config, tmp_path, ENDS[kind])
     monkeypatch.setattr(parallel_device.subprocess, "Popen", WorkerThread)
     check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_added_tokens_in_two_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+):
+    model_path = write_tiny_model(tmp_path / "model", vocab_size=212)
+    grown = grow(model_path, tmp_path / "grown", 250)
+    adapter = write_peft_adapter(
+        grown, tmp_path / "own", save_embedding_layers=True, target_modules="all-linear"
+    )
+    monkeypatch.setattr(parallel_device.subprocess, "Popen", WorkerThread)
+    params, outputs = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), []
+    for size in (1, 2):
+        with tiny_llm(model_path, tensor_parallel_size=size) as llm:
+            lora = LoRARequest("own", str(adapter))
+            (output,) = llm.generate([[7, 249, 3]], params, lora_request=lora, use_tqdm=False)
+            outputs.append(output.outputs[0].token_ids)
+    assert outputs[0] == outputs[1]
+    assert max(outputs[0]) >= 212
 
 
 @pytest.mark.parametrize("case", ["StableLM 2 12B", "OLMo 2", "Falcon 40B", "OPT"])

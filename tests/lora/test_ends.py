@@ -99,7 +99,7 @@ def test_rows_get_their_own_adapters_embedding_and_head(dtype, tail):
     expected[0] += (hidden[0].float() @ a.T @ b.T).to(dtype)
     expected[3:5, :70] = F.linear(hidden[3:5], adapters[3].head.a.to(dtype))
     expected[3:5, 70:] = -torch.inf
-    batch.head_of(rows).add(y, hidden)
+    y = batch.head_of(rows).change(y, hidden)
     torch.testing.assert_close(y, expected)
     assert batch.head_of(np.array([2, 4, 10])) is None
 
@@ -193,6 +193,24 @@ def test_what_is_not_served_is_refused_by_name(tmp_path, tensors, config, compla
     with pytest.raises(AdapterError) as caught:
         load_adapter(path, replace(SPEC, linears=Biasless()), 8192, torch.float32)
     assert complaint in str(caught.value)
+
+
+GROWN = {
+    "base_model.model.lm_head.weight": torch.ones(VOCAB_SIZE + 2, HIDDEN),
+    "base_model.model.model.embed_tokens.weight": torch.ones(VOCAB_SIZE + 2, HIDDEN),
+}
+
+
+def test_added_tokens_are_read_and_written_or_refused(tmp_path):
+    spec = replace(SPEC, serves_added_tokens=True)
+    path = write(tmp_path, GROWN)
+    assert load_adapter(path, spec, 8192, torch.float32).traits.num_added_tokens == 2
+    with pytest.raises(AdapterError, match="served on the CPU only, and without LoRA"):
+        load_adapter(path, SPEC, 8192, torch.float32)
+    for name, tensor in GROWN.items():
+        path = write(tmp_path, {name: tensor})
+        with pytest.raises(AdapterError, match="must have both matrices, of as many rows"):
+            load_adapter(path, spec, 8192, torch.float32)
 
 
 class Biasless(Linears):

@@ -44,7 +44,21 @@ def write_tiny_model(path: Path, **shape: Any) -> Path:
     return path
 
 
-def write_peft_adapter(model_path: Path, path: Path, seed: int = 0, **config: Any) -> Path:
+def grow(model_path: Path, path: Path, num_tokens: int) -> Path:
+    """What training scripts do to a model to which they add tokens."""
+    model = LlamaForCausalLM.from_pretrained(model_path)
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    model.save_pretrained(path)
+    return path
+
+
+def write_peft_adapter(
+    model_path: Path,
+    path: Path,
+    seed: int = 0,
+    save_embedding_layers: bool | str = "auto",
+    **config: Any,
+) -> Path:
     """An adapter that PEFT saves, with random values in whatever it trains."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
@@ -52,7 +66,7 @@ def write_peft_adapter(model_path: Path, path: Path, seed: int = 0, **config: An
         model, LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **config})
     )
     randomize(peft_model)
-    peft_model.save_pretrained(path)
+    peft_model.save_pretrained(path, save_embedding_layers=save_embedding_layers)
     return path
 
 
@@ -87,8 +101,8 @@ class Oracles:
 def tiny_llm(model_path: Path, **options: Any) -> LLM:
     return LLM(
         str(model_path),
-        skip_tokenizer_init=True,
         **{
+            "skip_tokenizer_init": True,
             "device": "cpu",
             "dtype": "float32",
             "pool_bytes": 16 << 20,
