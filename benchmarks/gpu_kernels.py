@@ -46,7 +46,7 @@ from loraplex.benchmarks.plots import plot_shares
 from loraplex.benchmarks.results import write_result
 from loraplex.benchmarks.roofline import adapter_counts
 from loraplex.engine.models.streamed_linear import streamed_linear
-from loraplex.lora.layers import CudaScratch
+from loraplex.lora.layers import shrink_scratch
 from loraplex.lora.plan import MAX_RANK, plan_items
 
 NOMINAL = {
@@ -124,7 +124,7 @@ class LoraCase:
         num_pages = np.full(num_adapters, layout.num_pages)
         plans = [plan_items(indptr, table.numpy(), num_pages) for table in tables]
         self.items = torch.from_numpy(plans[0][0]).to(bench.device)
-        self.scratch = CudaScratch.on(bench.device)
+        self.scratch = shrink_scratch(bench.device)
         self.num_items = torch.tensor([len(self.items)], dtype=torch.int32, device=bench.device)
         self.pages = [torch.from_numpy(pages).to(bench.device) for _, pages in plans]
         self.used = memory.used
@@ -153,7 +153,7 @@ class LoraCase:
         activations = bench.memory.take(num_calls, self.rows, inputs)
         # The scratch is the same for all layers of a step, too.
         v = torch.randn(self.rows, len(modules), MAX_RANK, device=bench.device)
-        scratch = self.scratch.partials, self.scratch.counters
+        scratch = self.scratch.partials, self.scratch.flags
 
         def call(weight: torch.Tensor, x: torch.Tensor, adapters: int, layer: int) -> None:
             y = (streamed_linear(weight) or F.linear)(x, weight, None)

@@ -12,7 +12,7 @@ import torch
 from loraplex import native
 from loraplex.lora import ops
 from loraplex.lora.experts import Routing, expert_segments
-from loraplex.lora.plan import NUM_PARTIALS, PARTIAL_SUMS
+from loraplex.lora.plan import NUM_SHRINK_BLOCKS, SHRINK_SUMS
 
 Tensor = torch.Tensor
 
@@ -52,19 +52,9 @@ class CpuLoRABatch:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class CudaScratch:
-    """Where blocks of a kernel hand sums to each other; one for all steps of a device."""
-
-    partials: Tensor  # float32 [NUM_PARTIALS, PARTIAL_SUMS]
-    counters: Tensor  # int32 [NUM_PARTIALS], zeros between kernels
-
-    @classmethod
-    def on(cls, device: torch.device) -> CudaScratch:
-        return cls(
-            torch.empty(NUM_PARTIALS, PARTIAL_SUMS, device=device),
-            torch.zeros(NUM_PARTIALS, dtype=torch.int32, device=device),
-        )
+def shrink_scratch(device: torch.device) -> native.CudaScratch:
+    """Of a device, for all steps."""
+    return native.CudaScratch.on(device, NUM_SHRINK_BLOCKS, SHRINK_SUMS)
 
 
 @dataclass(slots=True)
@@ -77,7 +67,7 @@ class CudaLoRABatch:
     pages: Tensor  # int32 [max_pages], of all items' adapters
     num_modules: int
     shrunk: Tensor  # float32 [num_tokens * most modules of a linear, max_rank], scratch
-    scratch: CudaScratch
+    scratch: native.CudaScratch
     module_mask: int
     """Bit m is set if any of the adapters targets module m."""
 
@@ -93,7 +83,7 @@ class CudaLoRABatch:
             self.pool, self.items, self.num_items, self.pages, linear.layer, linear.modules,
             self.num_modules,
         )  # fmt: skip
-        native.cuda_lora_shrink(shrunk, x, self.scratch.partials, self.scratch.counters, *plan)
+        native.cuda_lora_shrink(shrunk, x, self.scratch.partials, self.scratch.flags, *plan)
         native.cuda_lora_expand(y, shrunk, *plan, linear.offsets)
 
 

@@ -20,8 +20,8 @@ ITEM_FIELDS = 4
 # Sizes of the kernels' scratch: the largest rank, the sums that a block of shrink hands to another,
 # and blocks that may do so, of which no GPU holds more at once.
 MAX_RANK = 256
-PARTIAL_SUMS = ITEM_ROWS * MAX_RANK
-NUM_PARTIALS = 512
+SHRINK_SUMS = ITEM_ROWS * MAX_RANK
+NUM_SHRINK_BLOCKS = 512
 
 
 def max_items(max_num_requests: int, max_num_tokens: int) -> int:

@@ -8,6 +8,7 @@ between, because a step makes hundreds of these calls.
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,26 @@ OPENMP_RUNTIME = _share_openmp_runtime()
 _library = _load_library()
 
 Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CudaScratch:
+    """Where blocks of a kernel hand sums to each other; one for all its calls on a device."""
+
+    partials: Tensor  # float32 [num_blocks, sums of a block]
+    flags: Tensor  # int32 [num_blocks, ...], zeros between kernels
+
+    @classmethod
+    def on(
+        cls, device: torch.device, num_blocks: int, num_sums: int, flags: tuple[int, ...] = ()
+    ) -> "CudaScratch":
+        """num_blocks: that may do so; num_sums, flags: how many sums, and the shape of the flags,
+        of each."""
+        return cls(
+            torch.empty(num_blocks, num_sums, device=device),
+            torch.zeros(num_blocks, *flags, dtype=torch.int32, device=device),
+        )
+
 
 has_cuda: Callable[[], bool] = _library.has_cuda
 """Whether this build has CUDA kernels."""

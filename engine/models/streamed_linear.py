@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 # From here on cuBLAS is as fast (docs/performance.md).
 MAX_ROWS = 64
 # Of native.cuda_linear's scratch, by multiprocessor.
-PARTIAL_SUMS, FLAGS = 128 * MAX_ROWS, 2
+LINEAR_SUMS, LINEAR_FLAGS = 128 * MAX_ROWS, 2
 
 
 class StreamedLinear:
@@ -26,8 +26,7 @@ class StreamedLinear:
 
     def __init__(self, device: torch.device) -> None:
         num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self._partials = torch.empty(num_blocks, PARTIAL_SUMS, device=device)
-        self._flags = torch.zeros(num_blocks, FLAGS, dtype=torch.int32, device=device)
+        self._scratch = native.CudaScratch.on(device, num_blocks, LINEAR_SUMS, (LINEAR_FLAGS,))
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Semantics: F.linear(x, weight, bias), summed in float32 and rounded once. What a row
@@ -35,7 +34,7 @@ class StreamedLinear:
         if x.shape[0] > MAX_ROWS:
             return F.linear(x, weight, bias)
         y = x.new_empty(x.shape[0], weight.shape[0])
-        native.cuda_linear(y, x, weight, bias, self._partials, self._flags)
+        native.cuda_linear(y, x, weight, bias, self._scratch.partials, self._scratch.flags)
         return y
 
 

@@ -35,7 +35,7 @@ from loraplex.engine.runner.model_runner import (
 from loraplex.engine.runner.staging import StagingBuffer
 from loraplex.engine.step import StepBatch, StepResult
 from loraplex.lora.ends import EndBatch
-from loraplex.lora.layers import CudaLoRABatch, CudaScratch, LoRABatch
+from loraplex.lora.layers import CudaLoRABatch, LoRABatch, shrink_scratch
 from loraplex.lora.plan import ITEM_FIELDS, MAX_RANK, max_items, plan_items
 from loraplex.lora.spec import BaseModelSpec
 
@@ -130,7 +130,7 @@ class GpuModelRunner:
             },
             self._device,
         )
-        self._lora_scratch = CudaScratch.on(self._device)
+        self._lora_scratch = shrink_scratch(self._device)
         self._last_token = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)
         self._uploaded = torch.cuda.Event()
         self._graphs: dict[tuple[int, int], CapturedForward] = {}

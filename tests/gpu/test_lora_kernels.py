@@ -8,7 +8,7 @@ import torch
 
 from loraplex import native
 from loraplex.lora.image import AdapterWeights, pack_image
-from loraplex.lora.layers import CudaScratch
+from loraplex.lora.layers import shrink_scratch
 from loraplex.lora.plan import MAX_RANK, plan_items
 from loraplex.lora.spec import BaseModelSpec, LoRAModule
 
@@ -58,7 +58,7 @@ class Case:
         surplus = torch.full((5, 4), 1 << 20, dtype=torch.int32, device="cuda")
         self.num_items = torch.tensor([len(items)], dtype=torch.int32, device="cuda")
         self.items = torch.cat([self.items, surplus])
-        self.scratch = CudaScratch.on(torch.device("cuda"))
+        self.scratch = shrink_scratch(torch.device("cuda"))
         self.scratch.partials.fill_(torch.nan)
         num_rows = int(self.indptr[-1]) + num_base_rows
         self.x = torch.randn(num_rows, IN_FEATURES).to(dtype).cuda()
@@ -69,7 +69,7 @@ class Case:
         shape = len(y), len(WIDTHS), MAX_RANK
         v = torch.full(shape, torch.nan, device="cuda")
         plan = self.pool, self.items, self.num_items, self.pages, LAYER, [0, 1, 2], 3
-        native.cuda_lora_shrink(v, self.x, self.scratch.partials, self.scratch.counters, *plan)
+        native.cuda_lora_shrink(v, self.x, self.scratch.partials, self.scratch.flags, *plan)
         native.cuda_lora_expand(y, v, *plan, OFFSETS)
         torch.cuda.synchronize()
         return y
