@@ -81,6 +81,15 @@ def test_every_block_is_of_a_kind_that_is_run():
     assert programs <= {"curl", "docker", "helm", "loraplex", "make", "python"}
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    targets = re.findall(r"\]\(([^)#\s]+)", text)
+    for target in targets:
+        if "://" not in target:
+            assert ((ROOT / document).parent / target).exists(), target
+
+
 class Parsed(BaseException):
     """A command line was taken; what it asks for is not done."""
 

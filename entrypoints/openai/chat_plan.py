@@ -49,13 +49,13 @@ async def tokenizer_of(
 ) -> Tokenizer:
     """The one with whose chat template the conversation becomes a prompt. Raises ApiError or
     ValueError."""
+    if body.chat_template is not None and not serving.trusts_chat_templates:
+        raise ValueError(
+            f"chat_template={describe(body.chat_template)} is not allowed: this server does not "
+            "take templates of requests (--trust-request-chat-template)"
+        )
     tokenizer = await serving.tokenizer_of(lora_request)
     if body.chat_template is not None:
-        if not serving.trusts_chat_templates:
-            raise ValueError(
-                f"chat_template={describe(body.chat_template)} is not allowed: this server does "
-                "not take templates of requests (--trust-request-chat-template)"
-            )
         tokenizer = tokenizer.with_chat_template(body.chat_template)
     if body.documents and "documents" not in tokenizer.chat_template:
         raise ValueError(
