@@ -49,12 +49,11 @@ def place_experts(
             weights.a[place], weights.b[place] = _split(here[0], tensors)
             weights.scalings[place] = here[0].module.scaling
             continue
-        ranks, own_ranks = [0] * module.num_experts, list[slice]()
+        ranks = [0] * module.num_experts
         for part in here:
             for expert in _experts_of(part, module):
-                own_ranks.append(slice(ranks[expert], ranks[expert] + part.module.rank))
-                ranks[expert] = own_ranks[-1].stop
-        rank = max(ranks)
+                ranks[expert] += part.module.rank
+        rank, used = max(ranks), [0] * module.num_experts
         if rank > MAX_RANK:
             raise AdapterError(
                 f"tensor {here[0].module.tensor_a!r} is for a part of {spec.module_path(*place)}, "
@@ -62,11 +61,11 @@ def place_experts(
             )
         a = weights.a[place] = torch.zeros(module.num_experts, rank, module.in_features)
         b = weights.b[place] = torch.zeros(module.num_experts, module.out_features, rank)
-        next_own = iter(own_ranks)
         for part in here:
             experts = _experts_of(part, module)
             for expert, own_a, own_b in zip(experts, *_split(part, tensors), strict=True):
-                own = next(next_own)
+                own = slice(used[expert], used[expert] + part.module.rank)
+                used[expert] = own.stop
                 a[expert, own] = own_a
                 b[expert, part.target, own] = own_b * part.module.scaling
 
@@ -96,7 +95,7 @@ class Routing(Protocol):
 def expert_segments(segment_indptr: Tensor, routing: Routing) -> Tensor:
     """Where the segments of a step's rows begin and end among the rows of each expert:
     segment_indptr [num_segments + 1] -> int32 [num_experts, num_segments + 1]; see lora/ops.py."""
-    num_tokens = len(routing.tokens)  # more than there are rows in the batch
+    num_tokens = len(routing.tokens)  # as many as the batch has rows, at least
     experts = torch.arange(len(routing.ends))
     sizes = routing.ends.diff(prepend=routing.ends.new_zeros(1))
     keys = experts.repeat_interleave(sizes) * num_tokens + routing.tokens

@@ -200,10 +200,17 @@ def test_adapters_of_experts_are_merged(strategy: str, tmp_path: Path):
     merge = Merge((0.5, -2.0), strategy)
     image = load_adapter(MergeRecipe(tuple(map(str, paths)), merge), SPEC, 1 << 16, torch.float32)
     parts = [read_adapter(str(path), SPEC, torch.float32) for path in paths]
-    assert image.traits.max_rank == (4 if strategy == "cat" else 2)
+    merged = unpack_image(image, SPEC)
     if strategy == "cat":
+        assert image.traits.max_rank == 4
         expected = sum(w * deltas(part, 1, 2) for w, part in zip(merge.weights, parts, strict=True))
-        torch.testing.assert_close(deltas(unpack_image(image, SPEC), 1, 2), expected)
+    else:
+        assert image.traits.max_rank == 2
+        first, second = (part.a[1, 2] for part in parts)
+        a = 1.5**0.5 * first - 6**0.5 * second  # weights times alpha / rank, 3
+        first, second = (part.b[1, 2] for part in parts)
+        expected = (1.5**0.5 * first + 6**0.5 * second) @ a
+    torch.testing.assert_close(deltas(merged, 1, 2), expected)
 
 
 @pytest.mark.parametrize(
