@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from loraplex.engine.models.blocks import ForwardBatch, Heads
-from loraplex.engine.models.experts_weight import DenseExperts
-from loraplex.engine.models.layers import ExpertLinears, Linear, Routing
-from loraplex.engine.models.moe import mix_experts
-from loraplex.engine.models.weights import DenseWeight
+from loraplex.engine.models.fallback_layers import ServedLayer, ServedState
 
 Tensor = torch.Tensor
 
@@ -52,14 +48,6 @@ class _AttentionCall:
     window: int | None
 
 
-@dataclass(slots=True)
-class _State:
-    """What transformers' modules find where they have no argument for it."""
-
-    batch: ForwardBatch | None
-    windows: tuple[int | None, ...]
-
-
 class _NotServedError(ValueError):
     """Why an architecture is refused."""
 
@@ -75,7 +63,8 @@ class TransformersDecoder:
         self._model = model
         self._calls, self._names = calls, names
         self.heads, self.scale, self.logits_soft_cap = _the_one_attention(calls)
-        self._state = _State(None, tuple(call.window for call in calls))
+        windows = tuple(call.window for call in calls)
+        self._state = ServedState(None, windows, model.get_input_embeddings().weight.dtype)
         self.windows = tuple(dict.fromkeys(self._state.windows))
         paths = [re.fullmatch(r"(.+)\.(\d+)\..+", name) for name in names]
         if not all(path and int(path[2]) == index for index, path in enumerate(paths)):
@@ -83,7 +72,7 @@ class TransformersDecoder:
         assert paths[0] is not None
         self.LAYERS = paths[0][1]
         self.layers = [
-            _TransformersLayer(model.get_submodule(f"{self.LAYERS}.{index}"), prefix, self._state)
+            ServedLayer(model.get_submodule(f"{self.LAYERS}.{index}"), prefix, self._state)
             for index, prefix in enumerate(f"{self.LAYERS}.{i}." for i in range(len(names)))
         ]
         for name in names:
@@ -91,7 +80,11 @@ class TransformersDecoder:
 
     def with_weights(self, model: Any) -> TransformersDecoder:
         """The same for a model that has memory."""
-        return TransformersDecoder(model, self._calls, self._names)
+        loaded = TransformersDecoder(model, self._calls, self._names)
+        for outline, layer in zip(self.layers, loaded.layers, strict=True):
+            if lost := outline.names() - layer.names():
+                raise ValueError(f"{', '.join(lost)} of this model can't have adapters once loaded")
+        return loaded
 
     @property
     def embedding(self) -> Tensor:
@@ -136,89 +129,6 @@ class _BodyOutput:
 
     def __getattr__(self, name: str) -> None:
         return None
-
-
-class _TransformersLayer:
-    """The linears of a block."""
-
-    def __init__(self, block: nn.Module, prefix: str, state: _State) -> None:
-        self._linears: list[_ServedLinear] = []
-        self._experts: list[_ServedExperts] = []
-        for path, module in list(block.named_modules()):
-            if _is_linear(module):
-                parent, _, name = path.rpartition(".")
-                linear = _ServedLinear(module, f"{prefix}{parent}." if parent else prefix, name)
-                linear.loraplex_state = state
-                setattr(block.get_submodule(parent), name, linear)
-                self._linears.append(linear)
-            elif _is_experts(module):
-                parent, _, name = path.rpartition(".")
-                experts = _ServedExperts(module, f"{prefix}{path}.", state)
-                setattr(block.get_submodule(parent), name, experts)
-                self._experts.append(experts)
-
-    def linears(self) -> Iterator[tuple[_ServedLinear, str, Linear]]:
-        """Owner, attribute name and value of every linear."""
-        for owner in self._linears:
-            yield owner, "linear", owner.linear
-
-    def expert_linears(self) -> Iterator[tuple[object, str, ExpertLinears]]:
-        """The same of those of experts."""
-        for owner in self._experts:
-            yield owner, "gate_up", owner.gate_up
-            yield owner, "down", owner.down
-
-
-class _ServedLinear(nn.Module):
-    """Has a Linear, or what wraps it, do the work of transformers' linear."""
-
-    linear: Any
-    loraplex_state: _State
-
-    def __init__(self, module: Any, prefix: str, name: str) -> None:
-        super().__init__()
-        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        out_features, in_features = weight.shape
-        with weight.device:
-            linear = Linear(prefix, in_features, {name: out_features}, weight.dtype)
-        linear.weight = DenseWeight.of(weight.detach())
-        linear.bias = None if module.bias is None else module.bias.detach()
-        linear.finish_loading()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x.flatten(0, -2), self.loraplex_state.batch)
-        return y.view(*x.shape[:-1], -1)
-
-
-class _ServedExperts(nn.Module):
-    """Has ExpertLinears, or what wraps them, do the work of transformers' experts."""
-
-    gate_up: Any
-    down: Any
-
-    def __init__(self, module: Any, prefix: str, state: _State) -> None:
-        super().__init__()
-        for name, attribute in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-            weight = getattr(module, name).detach()
-            num_experts, height, width = weight.shape
-            linears = ExpertLinears(prefix, name, num_experts, width, {name: height}, weight)
-            linears.weight = DenseExperts.of(weight)
-            setattr(self, attribute, linears)
-        self._num_experts = num_experts
-        self._apply_gate = module._apply_gate
-        self._state = state
-
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [num_tokens, hidden]; chosen and weights [num_tokens, experts of a token]."""
-        batch = self._state.batch
-
-        def experts(rows: Tensor, routing: Routing) -> Tensor:
-            hidden = self._apply_gate(self.gate_up(rows, batch, routing))
-            y: Tensor = self.down(hidden, batch, routing)
-            return y
-
-        return mix_experts(experts, x, chosen, weights, self._num_experts)
 
 
 def outline_fallback(hf_config: Any) -> TransformersDecoder:
@@ -393,22 +303,6 @@ class _EachRowAlone:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
     ) -> Tensor:
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).flatten(1)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # Of a subclass too, if it computes the same.
-    return isinstance(module, Conv1D) or (
-        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    )
-
-
-def _is_experts(module: Any) -> bool:
-    """Whether it is experts as most models have them, of which transformers says so."""
-    return (
-        getattr(module, "is_concatenated", False)
-        and module.has_gate
-        and not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
-    )
 
 
 # -- what transformers calls ---------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from loraplex.engine.models.registry import ARCHITECTURES, base_model_spec
+from loraplex.engine.models.registry import base_model_spec
 
 # What the cases share; a case says what it has otherwise. Heads of 80, groups of 3.
 SIZES = {
@@ -254,32 +254,36 @@ def architecture_of(config: PreTrainedConfig) -> str:
 
 def all_linears(config: PreTrainedConfig) -> dict[str, Any]:
     """The options of PEFT for adapters on all linears; of models with experts, on those of
-    attention, of experts and, where our implementation serves them, of routers."""
+    attention, of experts and of routers."""
     if config.get_text_config() is not config:
         return {"target_modules": r"model\.language_model\..*_proj"}
     if not {"num_experts", "num_local_experts"} & config.to_dict().keys():
         return {"target_modules": "all-linear"}
-    options: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    options["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
-    if architecture_of(config) in ARCHITECTURES:
-        options["target_parameters"].append("gate.weight")
-    return options
+    return {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "target_parameters": ["gate.weight", "experts.gate_up_proj", "experts.down_proj"],
+    }
 
 
 def served_linears(config: PreTrainedConfig) -> dict[str, Any]:
     """The options of PEFT for adapters on all that the engine says it serves."""
     config.architectures = [architecture_of(config)]
     spec = base_model_spec(config)
+    routers = [m.path for m in spec.modules if m.path.endswith((".gate", ".router"))]
     modules = "|".join(
         re.escape(module.path)
         for module in spec.modules
         # PEFT saves adapters of Laguna's shared experts, but does not load them.
         if module.num_experts == 1
+        and module.path not in routers
         and not (config.model_type == "laguna" and "shared_experts" in module.path)
     )
     return {
         "target_modules": rf"{re.escape(spec.layer_path)}\.\d+\.({modules})",
-        "target_parameters": [m.path for m in spec.modules if m.num_experts > 1],
+        "target_parameters": [
+            *(module.path for module in spec.modules if module.num_experts > 1),
+            *(f"{path}.weight" for path in routers),
+        ],
     }
 
 

@@ -12,24 +12,23 @@ from architecture_check import check_batch
 from architectures import all_linears, tiny_config, write_random_model
 from safetensors.torch import save_file
 
-# Of each case: the MLP, an expert's linears with their inputs and outputs, and its router's inputs,
-# if adapters on it are served.
+# Of each case: the MLP, and an expert's linears with their inputs and outputs.
 CASES = {
-    "Mixtral": ("block_sparse_moe", {"w1": (96, 120), "w2": (120, 96), "w3": (96, 120)}, 96),
+    "Mixtral": ("block_sparse_moe", {"w1": (96, 120), "w2": (120, 96), "w3": (96, 120)}),
     "Qwen3-MoE": (
-        "mlp", {"gate_proj": (96, 40), "up_proj": (96, 40), "down_proj": (40, 96)}, 96,
+        "mlp", {"gate_proj": (96, 40), "up_proj": (96, 40), "down_proj": (40, 96)},
     ),
     "OLMoE": (
-        "mlp", {"gate_proj": (240, 120), "up_proj": (240, 120), "down_proj": (120, 240)}, None,
+        "mlp", {"gate_proj": (240, 120), "up_proj": (240, 120), "down_proj": (120, 240)},
     ),
 }  # fmt: skip
 
 
 def write_older_adapter(case: str, num_experts: int, rank: int, path: Path) -> Path:
     """On all linears of all experts, and routers."""
-    mlp, linears, router_inputs = CASES[case]
-    modules = {} if router_inputs is None else {"gate": (router_inputs, num_experts)}
-    targets = [*linears, *modules]
+    mlp, linears = CASES[case]
+    (hidden, _), *_ = linears.values()
+    modules = {"gate": (hidden, num_experts)}
     for expert in range(num_experts):
         modules |= {f"experts.{expert}.{name}": shape for name, shape in linears.items()}
     tensors = {}
@@ -43,7 +42,7 @@ def write_older_adapter(case: str, num_experts: int, rank: int, path: Path) -> P
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank,
-        "target_modules": targets,
+        "target_modules": ["gate", *linears],
     }  # fmt: skip
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path

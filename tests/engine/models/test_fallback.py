@@ -5,13 +5,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import all_linears, tiny_config, write_random_model
+from architectures import (
+    all_linears,
+    architecture_of,
+    other_config,
+    tiny_config,
+    write_random_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loraplex.engine.models import fallback
 from loraplex.engine.models.config import read_model_config
+from loraplex.engine.models.registry import base_model_spec
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 GROUPED = {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32}
@@ -74,3 +81,12 @@ def test_a_checkpoint_without_a_tensor_is_refused(tmp_path):
     hf_config = read_model_config(tmp_path / "model")
     with pytest.raises(ValueError, match=r"lacks .* model\.layers\.1\.mlp\.down_proj\.weight"):
         fallback.load_fallback(tmp_path / "model", hf_config, torch.float32, CPU, is_dummy=False)
+
+
+@pytest.mark.parametrize(("model_type", "is_served"), [("laguna", True), ("glm4_moe", False)])
+def test_routers_are_served_that_compute_in_the_dtype_of_the_model(model_type, is_served):
+    config = other_config(model_type)
+    config.architectures = [architecture_of(config)]
+    paths = [module.path for module in base_model_spec(config).modules]
+    assert "mlp.experts.down_proj" in paths
+    assert ("mlp.gate" in paths) == is_served
