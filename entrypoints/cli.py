@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -67,11 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _make_parser().parse_args(argv)
         command = COMMANDS[arguments.command]
-        return command.load(command.run)(arguments)
+        status = command.load(command.run)(arguments)
+        sys.stdout.flush()
+        return status
     except ValueError as error:
         sys.stderr.write(f"loraplex: {error}\n")
         return 2
-    except RuntimeError as error:
+    except BrokenPipeError:
+        # Whoever read the output has enough of it; nor can Python's own flush at the end write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, RuntimeError) as error:
         sys.stderr.write(f"loraplex: {error}\n")
         return 1
     except KeyboardInterrupt:

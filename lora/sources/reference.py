@@ -67,8 +67,8 @@ def parse_adapter_reference(text: str, adapter_source: str | None = None) -> Ada
 
     A scheme picks the source: `hub:`, `file:` or `s3:`, with or without `//` behind it. Without a
     scheme adapter_source does (LoRAX's: hub, local, s3); without both, text that is an existing
-    directory, or that begins with `/`, `./`, `../` or `~`, is a directory, and all else is a hub
-    id. So a directory wins over a hub id of the same name: write `hub:` for the other.
+    directory, or that begins with `/`, `./`, `../` or `~`, is a directory, and all else with `/` or
+    `@` is a hub id. So a directory wins over a hub id of the same name: write `hub:` for the other.
 
     Of a hub id the first two parts are the repository, what follows is the subfolder (one part, if
     `@` follows it, is a repository without an owner). Slashes in a revision are written `%2F`;
@@ -124,6 +124,11 @@ def _guess_source(text: str) -> SourceName:
         raise AdapterError(
             f"adapter {text!r} is not allowed: its scheme must be one of "
             f"{', '.join(SCHEMES)}, as in {FORMS}"
+        )
+    if not re.search("[/@]", text):
+        raise AdapterError(
+            f"adapter {text!r} is not allowed: there is no such directory, and a hub id has an "
+            f"owner: allowed are {FORMS}"
         )
     return "hub"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -138,6 +139,22 @@ def test_every_setting_of_the_engine_is_explained():
     assert "--max-num-batched-tokens" in text
     assert "Most tokens computed in one step. (default: 2048)" in text
     assert "(default: 4G)" in text
+
+
+def inspect_into(output) -> tuple[int, str]:
+    adapter = Path(__file__).parents[2] / "examples" / "adapters" / "pirate"
+    command = [sys.executable, "-m", "loraplex.entrypoints.cli", "adapters", "inspect", adapter]
+    done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_a_full_disk_and_a_reader_that_had_enough_are_no_tracebacks():
+    with open("/dev/full", "w") as full:
+        assert inspect_into(full) == (1, "loraplex: [Errno 28] No space left on device\n")
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end) as pipe:
+        assert inspect_into(pipe) == (1, "")
 
 
 def test_version():
