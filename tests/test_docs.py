@@ -134,13 +134,6 @@ def test_what_other_commands_name_exists():
         assert parser.parse_args(container["args"]).model == "Qwen/Qwen3-8B"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / document).read_text()):
-        if not target.startswith("https://"):
-            assert (ROOT / document).parent.joinpath(target).exists(), target
-
-
 def test_flags_in_tables_exist():
     flags = serve_flags()
     operations = (ROOT / "docs/operations.md").read_text()
