@@ -85,8 +85,10 @@ def take_share(
         return tensor
     for dimension, size in enumerate(shape):
         if tensor.shape[dimension] == size * shard.count != size:
-            parts = parts_of_share(tensor.shape[dimension], sections, shard.index, shard.count)
-            return torch.cat([tensor.narrow(dimension, *part) for part in parts], dimension)
+            of_share = parts_of_share(tensor.shape[dimension], sections, shard.index, shard.count)
+            parts = [tensor.narrow(dimension, *part) for part in of_share]
+            # A view as a rule: tensors may be large.
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dimension)
     return tensor
 
 

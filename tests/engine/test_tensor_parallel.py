@@ -157,27 +157,30 @@ class WorkerThread:
         raise AssertionError("the worker has not ended")
 
 
+@pytest.fixture
+def worker_threads(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.setattr(parallel_device.subprocess, "Popen", WorkerThread)
+
+
 @pytest.mark.parametrize("case", [*DIVISIBLE])
 def test_architectures_in_two_shares_equal_transformers(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    case: str, tmp_path: Path, worker_threads: None
 ):
     """With adapters on all that they may be on."""
     config = tiny_config(case, vocab_size=132, **DIVISIBLE[case])
     adapters = write_random_model(config, tmp_path, all_linears(config))
-    monkeypatch.setattr(parallel_device.subprocess, "Popen", WorkerThread)
     check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
 @pytest.mark.parametrize("case", ["Phi-3", "GPT-2", "StarCoder2"])
 def test_magnitudes_and_biases_in_two_shares_equal_peft(
-    case: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    case: str, kind: str, tmp_path: Path, worker_threads: None
 ):
     """They depend on weights and biases of which every process has a part."""
     config = tiny_config(case, vocab_size=132, **DIVISIBLE[case])
     targets = {"target_modules": "all-linear", kind: True}
     adapters = write_random_model(config, tmp_path, targets)
-    monkeypatch.setattr(parallel_device.subprocess, "Popen", WorkerThread)
     check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=2)
 
 
@@ -191,24 +194,20 @@ ENDS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("kind", ENDS)
 def test_parts_in_embedding_and_head_in_two_shares_equal_peft(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    kind: str, tmp_path: Path, worker_threads: None
 ):
     config = tiny_config("Qwen3", vocab_size=132, **HEADS)
     adapters = write_random_model(config, tmp_path, ENDS[kind])
-    monkeypatch.setattr(parallel_device.subprocess, "Popen", WorkerThread)
     check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=2)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_added_tokens_in_two_shares(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
-):
+def test_added_tokens_in_two_shares(tmp_path: Path, worker_threads: None):
     model_path = write_tiny_model(tmp_path / "model", vocab_size=212)
     grown = grow(model_path, tmp_path / "grown", 250)
     adapter = write_peft_adapter(
         grown, tmp_path / "own", save_embedding_layers=True, target_modules="all-linear"
     )
-    monkeypatch.setattr(parallel_device.subprocess, "Popen", WorkerThread)
     params, outputs = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), []
     for size in (1, 2):
         with tiny_llm(model_path, tensor_parallel_size=size) as llm:
