@@ -7,7 +7,6 @@ import itertools
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
@@ -21,19 +20,17 @@ from loraplex.engine.beam_search import (
 )
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core import EngineCore
-from loraplex.engine.errors import RequestError, describe
+from loraplex.engine.errors import describe
 from loraplex.engine.lora_request import LoRARequest
-from loraplex.engine.messages import EngineOutput, EngineRequest, Service, refusal
+from loraplex.engine.messages import EngineRequest, Service
+from loraplex.engine.offline_loop import OfflineLoop, ProcessedPrompt
 from loraplex.engine.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.engine.terminal import ProgressBar, interrupts_between_steps
 from loraplex.engine.text.adapter_tokenizers import AdapterTokenizers
 from loraplex.engine.text.conversation import Message, check_messages
 from loraplex.engine.text.input_processor import InputProcessor, Prompt, prompt_text
 from loraplex.engine.text.output_processor import OutputProcessor
 from loraplex.engine.text.tokenizer import Tokenizer, load_tokenizer
-
-WAIT_SECONDS = 0.1
 
 
 class LLM:
@@ -64,11 +61,10 @@ class LLM:
         return llm
 
     def _attach(self, core: EngineCore, tokenizer: Tokenizer | None, seed: int) -> None:
-        self._open_core: EngineCore | None = core
+        self._open_loop: OfflineLoop | None = OfflineLoop(core, OutputProcessor(tokenizer))
         self._turn = threading.RLock()
         self._tokenizer = tokenizer
         self._input_processor = InputProcessor(core.model_info, tokenizer, seed)
-        self._output_processor = OutputProcessor(tokenizer)
         self._tokenizers = None
         if tokenizer is not None:
             self._tokenizers = AdapterTokenizers(tokenizer, core.model_info.tokenizer_path)
@@ -202,7 +198,7 @@ class LLM:
         Gives its state. Raises ValueError if it can't be served or does not fit.
         """
         with self._turn:
-            return self._wait_for(self._core.preload_adapter(lora_request, tier, pin))
+            return self._loop.wait_for(self._core.preload_adapter(lora_request, tier, pin))
 
     def unpin_adapter(self, lora_request: LoRARequest) -> dict[str, Any]:
         """Let an adapter be evicted again. Raises ValueError if it is not pinned."""
@@ -213,7 +209,7 @@ class LLM:
         """Ask an adapter's source for its current version, which requests get from now on;
         `changed` says whether there is a new one. Raises ValueError if it can't be served."""
         with self._turn:
-            state = self._wait_for(self._core.refresh_adapter(lora_request))
+            state = self._loop.wait_for(self._core.refresh_adapter(lora_request))
             self._forget_place(lora_request)
             return state
 
@@ -237,9 +233,9 @@ class LLM:
     def shutdown(self) -> None:
         """Give back memory and threads; the LLM is of no use afterwards. May be called twice."""
         with self._turn:
-            core, self._open_core = self._open_core, None
-            if core is not None:
-                core.shutdown()
+            loop, self._open_loop = self._open_loop, None
+            if loop is not None:
+                loop.core.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -253,10 +249,14 @@ class LLM:
         self.shutdown()
 
     @property
-    def _core(self) -> EngineCore:
-        if self._open_core is None:
+    def _loop(self) -> OfflineLoop:
+        if self._open_loop is None:
             raise RuntimeError("this LLM was shut down: make another one")
-        return self._open_core
+        return self._open_loop
+
+    @property
+    def _core(self) -> EngineCore:
+        return self._loop.core
 
     def _complete(
         self,
@@ -270,7 +270,6 @@ class LLM:
     ) -> list[RequestOutput]:
         """What generate and chat do; name: that of their argument. A prompt that could not be made
         is the error with which its request fails."""
-        core = self._core
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = _one_for_each("sampling_params", sampling_params, len(prompts))
@@ -279,17 +278,15 @@ class LLM:
         request_ids = list(itertools.islice(self._request_ids, len(prompts)))
         self._locate_all(lora_requests)
         outputs: dict[str, RequestOutput] = {}
-        requests: list[tuple[str | None, list[EngineRequest]]] = []
+        processed: list[ProcessedPrompt] = []
         for index, request_id in enumerate(request_ids):
             prompt, lora, text = prompts[index], lora_requests[index], None
             try:
                 if isinstance(prompt, ValueError):
                     raise prompt
                 text = prompt_text(prompt)
-                engine_requests = self._process(
-                    request_id, prompt, params[index], lora, priorities[index]
-                )
-                requests.append((text, engine_requests))
+                requests = self._process(request_id, prompt, params[index], lora, priorities[index])
+                processed.append(ProcessedPrompt(text, requests, self._tokenizer_of(lora)))
             except ValueError as error:
                 if len(prompts) > 1:
                     error.args = (f"{name}[{index}]: {error}",)
@@ -299,7 +296,8 @@ class LLM:
                     request_id, text, [], [], finished=True, lora_request=lora, error=error
                 )
         with self._turn:
-            outputs |= {output.request_id: output for output in self._run(core, requests, use_tqdm)}
+            finished = self._loop.run(processed, use_tqdm)
+        outputs |= {output.request_id: output for output in finished}
         in_order = [outputs[request_id] for request_id in request_ids]
         for output in in_order:
             if output.error is not None and not return_errors:
@@ -320,7 +318,7 @@ class LLM:
             }
             for lora, operation in located.items():
                 try:
-                    self._tokenizers.learn(lora, **self._wait_for(operation))
+                    self._tokenizers.learn(lora, **self._loop.wait_for(operation))
                 except ValueError:
                     continue
 
@@ -371,61 +369,6 @@ class LLM:
         return self._input_processor.process(
             request_id, prompt, params, lora_request, service, self._tokenizer_of(lora_request)
         )
-
-    def _run(
-        self,
-        core: EngineCore,
-        requests: list[tuple[str | None, list[EngineRequest]]],
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
-        """Run (prompt text, engine requests) pairs to their ends. Whatever ends it early, what has
-        not finished is aborted."""
-        processor = self._output_processor
-        running: set[str] = set()
-        finished: list[RequestOutput] = []
-        bar = ProgressBar(
-            total=len(requests), unit=" requests", disable=not use_tqdm or not requests
-        )
-        with bar, interrupts_between_steps() as check_interrupt:
-            try:
-                outputs: list[EngineOutput] = []
-                for prompt, engine_requests in requests:
-                    tokenizer = self._tokenizer_of(engine_requests[0].lora_request)
-                    running.add(processor.add_request(prompt, engine_requests, False, tokenizer))
-                    outputs += self._submit(engine_requests)
-                while True:
-                    processed = processor.process_outputs(outputs)
-                    core.abort_requests(processed.aborts)
-                    if processed.request_outputs:
-                        running.difference_update(o.request_id for o in processed.request_outputs)
-                        finished += processed.request_outputs
-                        bar.add(processed.request_outputs)
-                    if not core.has_unfinished_requests():
-                        return finished
-                    check_interrupt()
-                    outputs = core.step()
-                    if not outputs:
-                        core.wait_for_work(WAIT_SECONDS)
-            finally:
-                for request_id in running:
-                    core.abort_requests(processor.abort_request(request_id))
-
-    def _wait_for(self, operation: Future[dict[str, Any]]) -> dict[str, Any]:
-        """Step until the core has done it."""
-        while not operation.done():
-            self._core.step()
-            self._core.wait_for_work(WAIT_SECONDS)
-        return operation.result()
-
-    def _submit(self, requests: list[EngineRequest]) -> list[EngineOutput]:
-        """Hand requests to the core. Returns an output for each that it refuses."""
-        refusals = []
-        for request in requests:
-            try:
-                self._core.add_request(request)
-            except RequestError as error:
-                refusals.append(refusal(request, error))
-        return refusals
 
 
 def _as_list(prompts: Any) -> list[Any]:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,15 @@ def test_all_completions_of_a_failed_request_fail(llm):
         assert lora_request.lora_name in str(output.error)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As a terminal's program is: in the background of a shell interrupts are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_the_step_and_leaves_the_engine_usable(llm, core):
     whole_steps = []
 
@@ -200,6 +210,7 @@ def test_an_interrupt_waits_for_the_step_and_leaves_the_engine_usable(llm, core)
     assert texts(generate(llm, ["ab", "cd"])) == ["ab", "cd"]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_does_not_wait(llm, core):
     def interrupt():
         os.kill(os.getpid(), signal.SIGINT)
