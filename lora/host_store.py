@@ -99,8 +99,8 @@ class HostAdapterStore:
         self._is_closed = False
         self._copy_stream: torch.cuda.Stream | None = None
         # Images that make room for others leave them their memory.
-        self._image_memory = memory_for_images(num_threads)
-        self._file_memory = PageMemory(num_threads)
+        self._image_memory = memory_for_images(2 * num_threads)
+        self._file_memory = PageMemory(num_threads, max_excess=16)
         self._readers = ThreadPoolExecutor(num_threads, "adapter-reader")
         # Apart from the readers, so that what is ready never waits for what is not.
         self._copiers = ThreadPoolExecutor(1, "adapter-copier")

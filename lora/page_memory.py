@@ -15,17 +15,20 @@ from contextlib import suppress
 
 import torch
 
+# Of less, large pages are mostly zeroed in vain, and taken apart when a neighbour is given back.
+LARGE_BYTES = 8 << 20
+
 Allocate = Callable[[int], torch.Tensor]
 """Gives uint8 [num_bytes], which nothing else is in; what it holds is anything."""
 
 
 def allocate_pages(num_bytes: int) -> torch.Tensor:
-    """New memory; large pages, which are quicker to come by, where the system has them."""
+    """New memory; much of it in large pages, which are read faster, where the system has them."""
     return torch.frombuffer(_map(num_bytes), dtype=torch.uint8)
 
 
 class PageMemory:
-    """Keeps some regions of memory that were given back, for the next that asks for their size.
+    """Keeps some regions of memory that were given back, for the next that asks for such a size.
 
     Thread-safe. A region is given back when the last tensor that has a part of it is gone.
     """
@@ -33,12 +36,15 @@ class PageMemory:
     def __init__(
         self,
         max_spare: int,
+        max_excess: int = 1,
         prepare: Callable[[mmap.mmap], None] = lambda region: None,
         release: Callable[[mmap.mmap], None] = lambda region: None,
     ) -> None:
-        """max_spare: regions to keep. prepare and release: what new regions need, and those that
+        """max_spare: regions to keep. max_excess: a region of so many times the size will do, too.
+        prepare and release: what new regions need, and those that
         are about to go."""
         self._max_spare = max_spare
+        self._max_excess = max_excess
         self._prepare = prepare
         self._release = release
         # Never locked: a region may be given back at any time, also by a thread that is in here.
@@ -60,12 +66,12 @@ class PageMemory:
         return torch.frombuffer(view, dtype=torch.uint8)
 
     def _find(self, size: int) -> mmap.mmap | None:
-        """A spare region of this size. If there is none, one of another size goes: sizes that
-        nobody asks for any more must not fill the place of others."""
+        """A spare region that will do. If there is none, another one goes: sizes that nobody asks
+        for any more must not fill the place of others."""
         with suppress(IndexError):  # another thread was faster
             for _ in range(len(self._spare)):
                 region = self._spare.popleft()
-                if len(region) == size:
+                if size <= len(region) <= self._max_excess * size:
                     return region
                 self._spare.append(region)
             if len(self._spare) == self._max_spare:
@@ -80,10 +86,11 @@ class PageMemory:
 
 
 def _map(num_bytes: int) -> mmap.mmap:
-    # Private, since the system has large pages only for that.
+    # Shared memory, which is mmap's default, costs twice as much, and is never in large pages.
     region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        region.madvise(mmap.MADV_HUGEPAGE)
+    if num_bytes >= LARGE_BYTES:
+        with suppress(OSError):
+            region.madvise(mmap.MADV_HUGEPAGE)
     return region
 
 
@@ -96,7 +103,7 @@ def _size_class(num_bytes: int) -> int:
 def memory_for_images(max_spare: int) -> PageMemory:
     """Locked where there is a CUDA device, whose copies of it then run by themselves."""
     if torch.cuda.is_available():
-        return PageMemory(max_spare, _pin, _unpin)
+        return PageMemory(max_spare, prepare=_pin, release=_unpin)
     return PageMemory(max_spare)
 
 

@@ -30,7 +30,9 @@ def test_a_region_is_used_again_when_no_part_of_it_is_left():
 
 def test_regions_are_kept_up_to_a_number_and_others_released():
     prepared, released = [], []
-    memory = PageMemory(2, lambda r: prepared.append(id(r)), lambda r: released.append(id(r)))
+    memory = PageMemory(
+        2, prepare=lambda r: prepared.append(id(r)), release=lambda r: released.append(id(r))
+    )
     tensors = [memory.allocate(SIZE) for _ in range(3)]
     assert len(prepared) == 3
     tensors.clear()
@@ -43,6 +45,17 @@ def test_regions_are_kept_up_to_a_number_and_others_released():
     del memory
     assert len(prepared) == 5
     assert set(released) == set(prepared)
+
+
+def test_a_larger_region_will_do_up_to_the_excess():
+    memory = PageMemory(max_spare=2, max_excess=4)
+    first = memory.allocate(4 * SIZE)
+    address = first.data_ptr()
+    del first
+    assert memory.allocate(SIZE).data_ptr() == address
+    other = memory.allocate(SIZE // 2)
+    assert other.data_ptr() != address
+    assert len(other) == SIZE // 2
 
 
 def test_what_outlives_the_memory_is_released_later():
