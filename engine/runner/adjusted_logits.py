@@ -50,7 +50,8 @@ def adjust_part(
         return rows, to_device_of(logits, tokens.token_ids[found]), found
 
     biased_rows, biased_ids, found = locate(adjustments.biased)
-    forbidden_rows, forbidden_ids, _ = locate(adjustments.forbidden)
+    # An adapter's tokenizer may have ends that the model lacks.
+    forbidden_rows, forbidden_ids, _ = locate(adjustments.forbidden.below(logits.shape[1]))
     prompt_rows, prompt_ids, _ = locate(adjustments.prompt)
     if not len(biased_rows) + len(forbidden_rows) + len(prompt_rows):
         return logits  # No prompt is empty: there are no penalties.

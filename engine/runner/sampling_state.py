@@ -43,6 +43,11 @@ class TokensOfRows:
     rows: Int64Array  # [N], ascending
     token_ids: Int64Array  # [N]
 
+    def below(self, vocab_size: int) -> TokensOfRows:
+        """Those that there are logits for."""
+        is_there = self.token_ids < vocab_size
+        return TokensOfRows(self.rows[is_there], self.token_ids[is_there])
+
 
 @dataclass(slots=True)
 class LogitAdjustments:

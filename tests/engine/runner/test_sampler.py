@@ -331,6 +331,14 @@ def test_repetition_penalty_is_that_of_transformers(penalty):
     assert torch.equal(adjusted, expected)
 
 
+def test_ends_that_the_model_lacks_forbid_nothing():
+    """The tokenizer of an adapter may have more tokens than the model."""
+    logits = make_logits(1, 64, 5)
+    best = int(logits.argmax())
+    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[64, 1000])
+    assert Requests([params]).sample(logits).token_ids.tolist() == [best]
+
+
 def test_min_tokens_forbid_ends_until_they_are_reached():
     logits = torch.zeros(3, 16)
     logits[:, EOS], logits[:, 4], logits[:, 9] = 3, 2, 1
