@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
@@ -64,10 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             "host_adapter_bytes",
             max(EngineConfig.host_adapter_bytes, most_distinct * num_pages * page_bytes),
         )
-        floors = {
-            count: floor_seconds(options, engine_options, model, workload)
-            for count, workload in workloads.items()
-        }
+        floors = floors_of(options, engine_options, model, workloads)
         llm, startup_seconds = start(model, engine_options)
         with llm:
             print(f"start-up {startup_seconds:.1f} s", flush=True)
@@ -262,31 +259,39 @@ def adapter_size(
     return image_num_pages(ranks, spec, page_bytes, itemsize), page_bytes
 
 
-def floor_seconds(
+def floors_of(
     options: argparse.Namespace,
     engine_options: dict[str, Any],
     model: str,
-    workload: Sequence[WorkloadRequest],
-) -> float | None:
-    """What a pass takes at least; None where it is not known what the device can do."""
+    workloads: Mapping[int, Sequence[WorkloadRequest]],
+) -> dict[int, float | None]:
+    """The seconds that a pass of each workload takes at least; None where it is not known what the
+    device can do."""
     from loraplex.engine.models.config import read_model_config, resolve_dtype
     from loraplex.engine.models.locate import locate_model
 
     limits = ceilings.resolve_ceilings(options, engine_options)
     if limits.bandwidth is None or limits.flops is None:
-        return None
+        return dict.fromkeys(workloads)
     config = EngineConfig.from_options(**engine_options)
     hf_config = read_model_config(locate_model(model))
     itemsize = resolve_dtype(config.dtype, hf_config).itemsize
-    return offline_seconds(
+    needs, flops = (
         DecodeBytes.of_model(hf_config, itemsize, options.modules),
         token_flops(hf_config),
-        workload,
-        config.max_num_seqs,
-        mean(options.rank),
-        limits.bandwidth,
-        limits.flops,
     )
+    return {
+        count: offline_seconds(
+            needs,
+            flops,
+            workload,
+            config.max_num_seqs,
+            mean(options.rank),
+            limits.bandwidth,
+            limits.flops,
+        )
+        for count, workload in workloads.items()
+    }
 
 
 def start(model: str, engine_options: dict[str, Any]) -> tuple[LLM, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -96,7 +94,3 @@ class Info(msgspec.Struct, kw_only=True):
     max_total_tokens: int
     max_batch_total_tokens: int
     version: str
-
-
-def error_body(message: str, error_type: str) -> dict[str, Any]:
-    return {"error": message, "error_type": error_type}
