@@ -15,7 +15,7 @@ import torch
 
 from loraplex.lora.image import AdapterImage, AdapterWeights, pack_image
 from loraplex.lora.page_memory import Allocate, allocate_pages
-from loraplex.lora.spec import BaseModelSpec, parts_of_share
+from loraplex.lora.spec import UNDIVIDED, BaseModelSpec, Section, parts_of_share
 
 
 def sharded_spec(whole: BaseModelSpec, shard: BaseModelSpec, num_shards: int) -> BaseModelSpec:
@@ -48,19 +48,19 @@ def _shard(
     for place in weights.a:
         module, share = whole.modules[place[1]], shard.modules[place[1]]
         if share.in_features < module.in_features:
-            a[place] = _take_part(a[place], -1, (1,), index, count)
+            a[place] = _take_part(a[place], -1, UNDIVIDED, index, count)
             if place in offsets and index > 0:
                 offsets[place] = torch.zeros_like(offsets[place])
         if share.out_features < module.out_features:
-            b[place] = _take_part(b[place], -2, module.sections, index, count)
+            b[place] = _take_part(b[place], -2, share.sections, index, count)
             for vectors in (gains, offsets):
                 if place in vectors:
-                    vectors[place] = _take_part(vectors[place], 0, module.sections, index, count)
+                    vectors[place] = _take_part(vectors[place], 0, share.sections, index, count)
     return replace(weights, a=a, b=b, gains=gains, offsets=offsets)
 
 
 def _take_part(
-    matrix: torch.Tensor, dimension: int, sections: Sequence[int], index: int, count: int
+    matrix: torch.Tensor, dimension: int, sections: Sequence[Section], index: int, count: int
 ) -> torch.Tensor:
     parts = parts_of_share(matrix.shape[dimension], sections, index, count)
     return torch.cat([matrix.narrow(dimension, *part) for part in parts], dimension)

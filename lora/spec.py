@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,20 @@ class AdapterChanged(AdapterError):
         super().__init__(message, status)
 
 
+class Section(NamedTuple):
+    """Outputs of a linear that follow one another and are divided by themselves where the model is,
+    as those of q, k and v are."""
+
+    size: int
+    """How many a share of the model has, relative to its other sections."""
+    copies: int = 1
+    """So many neighbouring shares have the same ones."""
+
+
+UNDIVIDED = (Section(1),)
+"""Of a linear whose outputs are all of one kind."""
+
+
 @dataclass(frozen=True)
 class LoRAModule:
     """A linear that layers of the base model have, and that adapters may target."""
@@ -39,8 +53,8 @@ class LoRAModule:
     """More: it is as many linears, and each row goes to those of the experts that it is for."""
     layers: frozenset[int] | None = None
     """Those that have it; None: all."""
-    sections: tuple[int, ...] = (1,)
-    """The relative sizes of parts of its outputs, each of which is divided where the model is."""
+    sections: tuple[Section, ...] = UNDIVIDED
+    """What its outputs consist of."""
 
 
 class BaseLinears(Protocol):
@@ -160,21 +174,26 @@ class BaseModelSpec:
         return f"{self.layer_path}.{layer}.{self.modules[module_id].path}"
 
 
+def whole_size(sections: Sequence[Section], count: int) -> int:
+    """Of sections in the whole model, relative to their sizes in one of `count` shares."""
+    return sum(section.size * (count // section.copies) for section in sections)
+
+
 def parts_of_share(
-    size: int, sections: Sequence[int], index: int, count: int
+    size: int, sections: Sequence[Section], index: int, count: int
 ) -> Iterator[tuple[int, int]]:
     """Begin and length of what one of `count` shares has of a dimension of this size: a part of
-    each of its sections, whose relative sizes are given.
+    each of its sections.
 
     Raises ValueError for a section that can't be divided.
     """
-    begin, total = 0, sum(sections)
+    begin, total = 0, whole_size(sections, count)
     for section in sections:
-        length, rest = divmod(size * section, total * count)
+        length, rest = divmod(size * section.size, total)
         if rest:
             raise ValueError(
                 f"tensor_parallel_size={count} is not allowed: it must divide the parts of {size} "
-                f"outputs, which are of sizes like {list(sections)}"
+                f"outputs, which are of sizes like {[section.size for section in sections]}"
             )
-        yield begin + length * index, length
-        begin += length * count
+        yield begin + length * (index // section.copies), length
+        begin += length * (count // section.copies)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from loraplex.engine.models import ops
 from loraplex.engine.models.layers import Linear, Module, Norm
 from loraplex.engine.models.rope import Rope
+from loraplex.lora.spec import Section
 
 Tensor = torch.Tensor
 
@@ -58,6 +59,14 @@ class Heads:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    num_kv_copies: int = 1
+    """So many shares of the model have the same KV heads."""
+
+    @property
+    def sections(self) -> tuple[Section, Section, Section]:
+        """Heads of q, k and v."""
+        kv_heads = Section(self.num_kv_heads, self.num_kv_copies)
+        return Section(self.num_heads), kv_heads, kv_heads
 
     @property
     def q_size(self) -> int:
@@ -73,7 +82,9 @@ class HeadSplit(Module):
 
     def __init__(self, heads: Heads) -> None:
         self.heads = heads
-        self.widths: tuple[int, ...] = heads.q_size, heads.kv_size, heads.kv_size
+        self.sections = tuple(
+            Section(section.size * heads.head_dim, section.copies) for section in heads.sections
+        )
 
     def __call__(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [num_tokens, q_size + 2 kv_size] -> q, k, v [num_tokens, heads, head_dim]."""
@@ -110,7 +121,9 @@ class GroupedSplit(HeadSplit):
 
     def __init__(self, heads: Heads) -> None:
         super().__init__(heads)
-        self.widths = (sum(self.widths),)
+        # Shares that have the same KV head have different queries of its group.
+        if heads.num_kv_copies == 1:
+            self.sections = (Section(heads.q_size + 2 * heads.kv_size),)
 
     def __call__(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.heads

@@ -41,8 +41,8 @@ class CohereForCausalLM(Decoder):
             return super().make_split(prefix)
         heads, eps = self.heads, self.config.layer_norm_eps
         q_norm, k_norm = (
-            PerHeadLayerNorm(f"{prefix}{name}_norm", num_heads, heads.head_dim, eps, self.dtype)
-            for name, num_heads in (("q", heads.num_heads), ("k", heads.num_kv_heads))
+            PerHeadLayerNorm(f"{prefix}{name}_norm", section, heads.head_dim, eps, self.dtype)
+            for name, section in zip("qk", heads.sections, strict=False)
         )
         return HeadNormSplit(heads, q_norm, k_norm)
 

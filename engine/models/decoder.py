@@ -27,6 +27,7 @@ from loraplex.engine.models.config import head_dim, num_kv_heads
 from loraplex.engine.models.layers import Linear, Module, Norm, RMSNorm, Table
 from loraplex.engine.models.rope import Rope, RotaryPositions, rope_cos_sin_cache
 from loraplex.engine.models.weights import NamedPlaces
+from loraplex.lora.spec import Section
 
 Tensor = torch.Tensor
 
@@ -85,7 +86,12 @@ class Decoder(Module, ABC):
 
     def make_heads(self) -> Heads:
         config = self.config
-        return Heads(config.num_attention_heads, num_kv_heads(config), head_dim(config))
+        return Heads(
+            config.num_attention_heads,
+            num_kv_heads(config),
+            head_dim(config),
+            getattr(config, "num_kv_copies", 1),
+        )
 
     def make_rope(self) -> Rope:
         """The positions of the layers that have no others."""
@@ -149,21 +155,22 @@ class Decoder(Module, ABC):
         prefix: str,
         in_features: int,
         names: tuple[str, ...],
-        sizes: tuple[int, ...],
+        sections: tuple[Section, ...],
         has_bias: bool,
     ) -> Linear:
-        """Of outputs of these sizes, which have names in the checkpoint, or one together."""
-        if len(names) > 1:
-            return self.linear(prefix, in_features, dict(zip(names, sizes, strict=True)), has_bias)
-        linear = self.linear(prefix, in_features, {names[0]: sum(sizes)}, has_bias)
-        linear.sections = sizes
+        """Of outputs in sections, which have names in the checkpoint, or one together."""
+        tensors = [sections] if len(names) == 1 else [(section,) for section in sections]
+        named = dict(zip(names, tensors, strict=True))
+        out_features = {name: sum(s.size for s in named[name]) for name in names}
+        linear = self.linear(prefix, in_features, out_features, has_bias)
+        linear.sections = named
         return linear
 
     def make_attention(self, index: int, prefix: str) -> Attention:
         hidden, split = self.config.hidden_size, self.make_split(prefix)
         return Attention(
             index,
-            self.joined_linear(prefix, hidden, self.QKV, split.widths, self.has_qkv_bias),
+            self.joined_linear(prefix, hidden, self.QKV, split.sections, self.has_qkv_bias),
             split,
             self.rope_of(index),
             self.linear(prefix, self.heads.q_size, {self.OUT: hidden}, self.has_out_bias),
@@ -180,7 +187,7 @@ class Decoder(Module, ABC):
     def gated_mlp(self, prefix: str, activation_field: str, has_bias: bool = False) -> MLP:
         hidden, size = self.config.hidden_size, self.config.intermediate_size
         return MLP(
-            self.joined_linear(prefix, hidden, self.GATE_UP, (size, size), has_bias),
+            self.joined_linear(prefix, hidden, self.GATE_UP, (Section(size),) * 2, has_bias),
             gated_activation(self.config, activation_field),
             self.linear(prefix, size, {"down_proj": hidden}, has_bias),
         )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from loraplex.engine.models import ops
 from loraplex.engine.models.experts_weight import DenseExperts, ExpertsWeight
 from loraplex.engine.models.weights import DenseWeight, NamedPlaces, Weight
+from loraplex.lora.spec import UNDIVIDED, Section
 
 Tensor = torch.Tensor
 ModuleKind = TypeVar("ModuleKind", bound="Module")
@@ -25,10 +26,6 @@ ModuleKind = TypeVar("ModuleKind", bound="Module")
 class Module:
     """A part of a model. Its own parts are those of its attributes that are Modules, and those in
     lists of them."""
-
-    sections: tuple[int, ...] = (1,)
-    """Of a unit: the relative sizes of what is above each other in a tensor of the checkpoint, as
-    q, k and v may be. A share of the model has its part of each."""
 
     def parts(self) -> Iterator[tuple[str, Module]]:
         """Attribute name and value, in the order in which they were set."""
@@ -68,6 +65,11 @@ class Module:
     def finish_loading(self) -> None:
         """Of a unit: called once, when all its weights are in."""
 
+    def sections_of(self, name: str) -> tuple[Section, ...]:
+        """Of a unit: what is above each other in one of its checkpoint tensors, as q, k and v may
+        be. A share of the model has its part of each."""
+        return UNDIVIDED
+
 
 class Linear(Module):
     """y = x W^T + b, where W is one or several checkpoint tensors, one above the other.
@@ -87,6 +89,7 @@ class Linear(Module):
         self.prefix = prefix
         self.in_features = in_features
         self.out_features = out_features
+        self.sections: dict[str, tuple[Section, ...]] = {}
         # Without elements; for its dtype and device.
         self.like = torch.empty(0, dtype=dtype)
         self.bias = self.like.new_empty(sum(out_features.values())) if has_bias else None
@@ -112,6 +115,9 @@ class Linear(Module):
             parts = self.bias.split(list(self.out_features.values()))
             for name, part in zip(self.out_features, parts, strict=True):
                 yield f"{self.prefix}{name}.bias", part
+
+    def sections_of(self, name: str) -> tuple[Section, ...]:
+        return self.sections.get(name.removeprefix(self.prefix).partition(".")[0], UNDIVIDED)
 
     def finish_loading(self) -> None:
         self.weight.pack()
@@ -147,6 +153,7 @@ class ExpertLinears(Module):
         self.num_experts = num_experts
         self.in_features = in_features
         self.out_features = {name: sum(out_features.values())}
+        self.sections = {name: tuple(map(Section, out_features.values()))}
         self.parts_of_output = out_features
         self.like = like
         self.weight: ExpertsWeight = DenseExperts(num_experts, in_features, out_features, like)
@@ -245,10 +252,14 @@ class PerHeadLayerNorm(LayerNorm):
     """A layer norm without bias for each head, by weights of its own."""
 
     def __init__(
-        self, name: str, num_heads: int, head_dim: int, eps: float, dtype: torch.dtype
+        self, name: str, heads: Section, head_dim: int, eps: float, dtype: torch.dtype
     ) -> None:
         super().__init__(name, head_dim, eps, dtype, has_bias=False)
-        self.weight = torch.empty(num_heads, head_dim, dtype=dtype)
+        self.heads = heads
+        self.weight = torch.empty(heads.size, head_dim, dtype=dtype)
+
+    def sections_of(self, name: str) -> tuple[Section, ...]:
+        return (self.heads,)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x and the result: [num_tokens, num_heads, head_dim]."""

@@ -21,15 +21,18 @@ from loraplex.engine.models.stored_tensors import (
     safetensors_tensors,
 )
 from loraplex.engine.models.weights import NamedPlaces, Place
+from loraplex.lora.spec import Section
+
+AllSections = Sequence[Sequence[Section]]
+"""Of each of several tensors."""
 
 
 class Unit(Protocol):
     """What is loaded by itself: its memory is taken when its turn comes, and what it only needs
     until it is laid out is given back before that of the next."""
 
-    @property
-    def sections(self) -> Sequence[int]: ...
     def named_weights(self) -> NamedPlaces: ...
+    def sections_of(self, name: str) -> Sequence[Section]: ...
     def finish_loading(self) -> None: ...
 
 
@@ -71,9 +74,9 @@ def load_weights(model: LoadableModel, path: Path, shard: Shard = WHOLE) -> None
     progress = {"desc": "Loading weights", "unit": "tensor", "leave": False}
     # None: shown on a terminal, and in no log.
     with tqdm(total=len(stored), disable=shard.index > 0 or None, **progress) as shown:
-        for unit, tensors in read_ahead(_units(model, stored, missing)):
+        for (unit, sections), tensors in read_ahead(_units(model, stored, missing)):
             shown.update(len(tensors))
-            _fill(tensors, shard, unit.sections)
+            _fill(tensors, shard, sections)
             unit.finish_loading()
     leftover += [
         name
@@ -89,24 +92,25 @@ def load_weights(model: LoadableModel, path: Path, shard: Shard = WHOLE) -> None
 
 def _units(
     model: LoadableModel, stored: dict[str, tuple[str, StoredTensor]], missing: list[str]
-) -> Iterator[tuple[Unit, list[tuple[str, StoredTensor, Place]]]]:
-    """Each unit and its tensors, taken from those stored; as soon as any are missing, no more."""
+) -> Iterator[tuple[tuple[Unit, AllSections], list[tuple[str, StoredTensor, Place]]]]:
+    """Each unit, the sections of its tensors, and those, taken from those stored; as soon as any
+    are missing, no more."""
     for unit in model.units():
         places = dict(unit.named_weights())
         missing += places.keys() - stored.keys()
         found = [name for name in places if name in stored]
         tensors = [(*stored.pop(name), places.pop(name)) for name in found]
         if not missing:
-            yield unit, tensors
+            yield (unit, [unit.sections_of(name) for name in found]), tensors
 
 
-def _fill(tensors: Tensors, shard: Shard, sections: Sequence[int]) -> None:
+def _fill(tensors: Tensors, shard: Shard, sections: AllSections) -> None:
     """Use up what has been read, so that no place outlives it: a unit is about to be laid out."""
-    while tensors:
+    for of_tensor in sections:
         name, future, place = tensors.popleft()
         tensor = future.result()
         if tensor is not None:
-            copy_to_place(name, take_share(tensor, place.shape, shard, sections), place)
+            copy_to_place(name, take_share(tensor, place.shape, shard, of_tensor), place)
 
 
 def _stored_tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:

@@ -43,7 +43,7 @@ from loraplex.engine.models.shards import WHOLE, Shard, drop_summed_biases
 from loraplex.engine.models.stablelm import StableLmForCausalLM
 from loraplex.engine.models.starcoder2 import Starcoder2ForCausalLM
 from loraplex.engine.models.weights import DenseWeight
-from loraplex.lora.spec import BaseModelSpec, LoRAModule
+from loraplex.lora.spec import UNDIVIDED, BaseModelSpec, LoRAModule
 
 Model = Decoder | TransformersDecoder
 
@@ -168,12 +168,9 @@ def base_model_spec(hf_config: Any) -> BaseModelSpec:
 
 
 def _modules(layer: HasLinears, prefix: str) -> list[LoRAModule]:
-    linears: list[tuple[Linear | ExpertLinears, int, tuple[int, ...]]] = [
-        *((linear, 1, linear.sections) for _, _, linear in layer.linears()),
-        *(
-            (experts, experts.num_experts, tuple(experts.parts_of_output.values()))
-            for _, _, experts in layer.expert_linears()
-        ),
+    linears: list[tuple[Linear | ExpertLinears, int]] = [
+        *((linear, 1) for _, _, linear in layer.linears()),
+        *((experts, experts.num_experts) for _, _, experts in layer.expert_linears()),
     ]
     return [
         LoRAModule(
@@ -182,9 +179,9 @@ def _modules(layer: HasLinears, prefix: str) -> list[LoRAModule]:
             linear.in_features,
             linear.out_features[name],
             num_experts,
-            sections=sections,
+            sections=linear.sections.get(name, UNDIVIDED),
         )
-        for linear, num_experts, sections in linears
+        for linear, num_experts in linears
         for name, path in linear.paths(prefix).items()
     ]
 

@@ -20,11 +20,10 @@ from loraplex.engine.models.config import head_dim, num_kv_heads
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.falcon import FalconForCausalLM
 from loraplex.engine.models.moe import SparseMLP
-from loraplex.lora.spec import parts_of_share
+from loraplex.lora.spec import UNDIVIDED, Section, parts_of_share, whole_size
 
 DIVIDED_FIELDS = (
-    "num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size",
-    "n_inner", "vocab_size",
+    "num_attention_heads", "intermediate_size", "moe_intermediate_size", "n_inner", "vocab_size",
 )  # fmt: skip
 
 
@@ -45,7 +44,6 @@ def shard_config(hf_config: Any, count: int) -> Any:
         return hf_config
     share = copy.deepcopy(hf_config)
     share.head_dim = head_dim(hf_config)
-    share.num_key_value_heads = num_kv_heads(hf_config)
     if getattr(share, "n_inner", 0) is None:
         share.n_inner = 4 * share.hidden_size
     for field in DIVIDED_FIELDS:
@@ -58,6 +56,14 @@ def shard_config(hf_config: Any, count: int) -> Any:
                 "this model"
             )
         setattr(share, field, value // count)
+    kv_heads = num_kv_heads(hf_config)
+    if kv_heads % count and count % kv_heads:
+        raise ValueError(
+            f"tensor_parallel_size={count} is not allowed: it must divide, or be a multiple of, "
+            f"num_key_value_heads={kv_heads} of this model"
+        )
+    share.num_key_value_heads = max(1, kv_heads // count)
+    share.num_kv_copies = max(1, count // kv_heads)
     return share
 
 
@@ -77,15 +83,20 @@ def check_shardable(outline: Any, count: int) -> None:
 
 
 def take_share(
-    tensor: torch.Tensor, shape: torch.Size | None, shard: Shard, sections: Sequence[int] = (1,)
+    tensor: torch.Tensor,
+    shape: torch.Size | None,
+    shard: Shard,
+    sections: Sequence[Section] = UNDIVIDED,
 ) -> torch.Tensor:
     """What a place of this shape takes of a tensor that may be larger by a factor, in one
     dimension, and has sections there if it has more outputs."""
     if shape is None or len(shape) != tensor.dim():
         return tensor
+    share, whole = sum(section.size for section in sections), whole_size(sections, shard.count)
     for dimension, size in enumerate(shape):
-        if tensor.shape[dimension] == size * shard.count != size:
-            of_share = parts_of_share(tensor.shape[dimension], sections, shard.index, shard.count)
+        found = tensor.shape[dimension]
+        if found != size and found * share == size * whole:
+            of_share = parts_of_share(found, sections, shard.index, shard.count)
             parts = [tensor.narrow(dimension, *part) for part in of_share]
             # A view as a rule: tensors may be large.
             return parts[0] if len(parts) == 1 else torch.cat(parts, dimension)

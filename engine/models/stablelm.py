@@ -38,10 +38,8 @@ class StableLmForCausalLM(Decoder):
             return super().make_split(prefix)
         heads, eps = self.heads, self.config.layer_norm_eps
         q_norm, k_norm = (
-            _ListedLayerNorm(
-                f"{prefix}{name}_layernorm", num_heads, heads.head_dim, eps, self.dtype
-            )
-            for name, num_heads in (("q", heads.num_heads), ("k", heads.num_kv_heads))
+            _ListedLayerNorm(f"{prefix}{name}_layernorm", section, heads.head_dim, eps, self.dtype)
+            for name, section in zip("qk", heads.sections, strict=False)
         )
         return _ListedNormSplit(heads, q_norm, k_norm)
 

@@ -97,7 +97,7 @@ class ParallelLinears:
             return torch.stack(answers).sum(0)
         whole = answers[0].new_empty(*answers[0].shape[:-1], module.out_features)
         for index, answer in enumerate(answers):
-            parts = parts_of_share(module.out_features, module.sections, index, len(answers))
+            parts = parts_of_share(module.out_features, share.sections, index, len(answers))
             targets = [whole.narrow(-1, *part) for part in parts]
             widths = [target.shape[-1] for target in targets]
             for target, values in zip(targets, answer.split(widths, dim=-1), strict=True):

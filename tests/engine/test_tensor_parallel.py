@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraplex import LLM, LoRARequest, SamplingParams
 from loraplex.benchmarks.synthetic_adapters import write_adapter
 from loraplex.engine.models.registry import lora_spec, outline_model
-from loraplex.engine.models.shards import check_shardable
+from loraplex.engine.models.shards import check_shardable, shard_config
 from loraplex.engine.runner import parallel_device
 
 OPTIONS = {
@@ -33,6 +33,8 @@ ADAPTERS = {
 }
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+# Both processes have the same KV head.
+ONE_KV_HEAD = {"num_attention_heads": 4, "num_key_value_heads": 1}
 # By case: how it differs from the ordinary tests', where something is odd.
 DIVISIBLE: dict[str, dict[str, object]] = {
     "Mixtral": HEADS,
@@ -45,7 +47,7 @@ DIVISIBLE: dict[str, dict[str, object]] = {
     "Command-R7B": HEADS,
     "Gemma 3": HEADS,
     "StarCoder2": HEADS,
-    "Granite": HEADS,
+    "Granite": ONE_KV_HEAD,
     "StableLM": {"hidden_size": 256, **HEADS},
     "SmolLM3": HEADS,
 }
@@ -134,12 +136,12 @@ def test_two_processes_equal_one(model_path, adapters):
             generate(llm, adapters)
 
 
-@pytest.mark.parametrize(
-    ("count", "field"), [(3, "num_attention_heads=4"), (4, "num_key_value_heads=2")]
-)
-def test_sizes_that_do_not_divide_are_refused_by_name(count, field, model_path):
-    with pytest.raises(ValueError, match=rf"tensor_parallel_size={count} .*divide {field}"):
-        LLM(str(model_path), tensor_parallel_size=count, **OPTIONS)
+def test_sizes_that_do_not_divide_are_refused_by_name(model_path):
+    with pytest.raises(ValueError, match="tensor_parallel_size=3 .*divide num_attention_heads=4"):
+        LLM(str(model_path), tensor_parallel_size=3, **OPTIONS)
+    config = tiny_config("Llama 2", vocab_size=132, num_attention_heads=12, num_key_value_heads=4)
+    with pytest.raises(ValueError, match="tensor_parallel_size=6 .*multiple of, num_key_value.*=4"):
+        shard_config(config, 6)
 
 
 class WorkerThread:
@@ -170,6 +172,20 @@ def test_architectures_in_two_shares_equal_transformers(
     config = tiny_config(case, vocab_size=132, **DIVISIBLE[case])
     adapters = write_random_model(config, tmp_path, all_linears(config))
     check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("case", "heads", "count"),
+    [("Phi-3", ONE_KV_HEAD, 2), ("Command-R+", {**HEADS, "attention_bias": True}, 4)],
+)
+def test_processes_that_have_the_same_kv_heads_equal_transformers(
+    case: str, heads: dict[str, object], count: int, tmp_path: Path, worker_threads: None
+):
+    """q, k and v in one tensor and in three, with norms by head; magnitudes are of outputs."""
+    config = tiny_config(case, vocab_size=132, **heads)
+    targets = {"target_modules": "all-linear", "use_dora": True}
+    adapters = write_random_model(config, tmp_path, targets)
+    check_batch(tmp_path / "model", adapters, "cpu", tensor_parallel_size=count)
 
 
 @pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
