@@ -62,4 +62,7 @@ def head_dim(config: Any) -> int:
 
 def num_kv_heads(config: Any) -> int:
     """Heads of keys and values."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if not getattr(config, "new_decoder_architecture", True):  # Falcon 7B
+        return 1 if config.multi_query else config.num_attention_heads
+    names = "num_key_value_heads", "num_kv_heads", "num_attention_heads"
+    return next(value for name in names if (value := getattr(config, name, None)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from loraplex.engine.models.blocks import (
     MLP,
     GroupedSplit,
-    Heads,
     HeadSplit,
     Layer,
     ParallelLayer,
@@ -51,12 +50,6 @@ class FalconForCausalLM(Decoder):
             activation(config, "activation"),
             self.linear(prefix, size, {"dense_4h_to_h": hidden}, config.bias),
         )
-
-    def make_heads(self) -> Heads:
-        heads, config = super().make_heads(), self.config
-        if config.new_decoder_architecture:
-            return Heads(heads.num_heads, config.num_kv_heads, heads.head_dim)
-        return Heads(heads.num_heads, 1 if config.multi_query else heads.num_heads, heads.head_dim)
 
     def make_split(self, prefix: str) -> HeadSplit:
         return GroupedSplit(self.heads)

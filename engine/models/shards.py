@@ -18,12 +18,12 @@ import torch
 from loraplex.engine.models.blocks import MLP, GroupedSplit, HeadNormSplit, HeadSplit
 from loraplex.engine.models.config import head_dim, num_kv_heads
 from loraplex.engine.models.decoder import Decoder
-from loraplex.engine.models.falcon import FalconForCausalLM
 from loraplex.engine.models.moe import SparseMLP
 from loraplex.lora.spec import UNDIVIDED, Section, parts_of_share, whole_size
 
 DIVIDED_FIELDS = (
-    "num_attention_heads", "intermediate_size", "moe_intermediate_size", "n_inner", "vocab_size",
+    "num_attention_heads", "intermediate_size", "moe_intermediate_size", "n_inner",
+    "ffn_hidden_size", "vocab_size",
 )  # fmt: skip
 
 
@@ -43,6 +43,9 @@ def shard_config(hf_config: Any, count: int) -> Any:
     if count == 1:
         return hf_config
     share = copy.deepcopy(hf_config)
+    if isinstance(getattr(type(share), "head_dim", None), property):
+        # Made of the number of heads, of which a share has fewer.
+        share.__class__ = type(type(share).__name__, (type(share),), {"head_dim": None})
     share.head_dim = head_dim(hf_config)
     if getattr(share, "n_inner", 0) is None:
         share.n_inner = 4 * share.hidden_size
@@ -75,10 +78,17 @@ def check_shardable(outline: Any, count: int) -> None:
         and type(getattr(layer, "mlp", None)) in (MLP, SparseMLP)
         for layer in outline.layers
     )
-    if count > 1 and (not is_plain or isinstance(outline, FalconForCausalLM)):
+    if count > 1 and not is_plain:
         raise ValueError(
             f"tensor_parallel_size={count} is not supported for {type(outline).__name__}: it must "
-            "be an architecture with a class of its own other than Falcon, and norm each head alone"
+            "be an architecture with a class of its own, and norm each head alone"
+        )
+    is_grouped = is_plain and isinstance(outline.layers[0].attention.split, GroupedSplit)
+    if is_grouped and 1 < outline.heads.num_kv_heads < count:
+        raise ValueError(
+            f"tensor_parallel_size={count} is not allowed for {type(outline).__name__}: it must be "
+            f"at most the number of KV heads, {outline.heads.num_kv_heads}, by which q, k and v "
+            "are grouped in one tensor"
         )
 
 

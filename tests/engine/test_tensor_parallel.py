@@ -50,6 +50,9 @@ DIVISIBLE: dict[str, dict[str, object]] = {
     "Granite": ONE_KV_HEAD,
     "StableLM": {"hidden_size": 256, **HEADS},
     "SmolLM3": HEADS,
+    "Falcon 7B": {"num_attention_heads": 4},
+    "Falcon 40B": {},
+    "Falcon, one after the other": {"num_attention_heads": 4},
 }
 
 
@@ -234,13 +237,15 @@ def test_added_tokens_in_two_shares(tmp_path: Path, worker_threads: None):
     assert max(outputs[0]) >= 212
 
 
-@pytest.mark.parametrize("case", ["StableLM 2 12B", "OLMo 2", "Falcon 40B", "OPT"])
-def test_other_architectures_are_refused_by_name(case: str):
+@pytest.mark.parametrize(
+    ("case", "count"), [("StableLM 2 12B", 2), ("OLMo 2", 2), ("OPT", 2), ("Falcon 40B", 4)]
+)
+def test_other_architectures_are_refused_by_name(case: str, count: int):
     config = tiny_config(case)
     config.architectures = [architecture_of(config)]
     outline = outline_model(config)
     with pytest.raises(
-        ValueError, match=f"tensor_parallel_size=2 is not supported for {type(outline).__name__}"
+        ValueError, match=rf"tensor_parallel_size={count} is not \w+ for {type(outline).__name__}"
     ):
-        check_shardable(outline, 2)
+        check_shardable(outline, count)
     check_shardable(outline, 1)
