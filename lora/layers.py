@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from loraplex import native
 from loraplex.lora import ops
@@ -15,6 +16,8 @@ from loraplex.lora.experts import Routing, expert_segments
 from loraplex.lora.plan import NUM_SHRINK_BLOCKS, SHRINK_SUMS
 
 Tensor = torch.Tensor
+# Of native.cuda_lora_expand.
+COLUMNS_AT_ONCE = 8
 
 
 class LoRABatch(Protocol):
@@ -84,7 +87,13 @@ class CudaLoRABatch:
             self.num_modules,
         )  # fmt: skip
         native.cuda_lora_shrink(shrunk, x, self.scratch.partials, self.scratch.flags, *plan)
-        native.cuda_lora_expand(y, shrunk, *plan, linear.offsets)
+        # The kernel writes 8 columns at once. A router may have fewer, or 8 do not divide them.
+        missing = -y.shape[1] % COLUMNS_AT_ONCE
+        padded = F.pad(y, (0, missing)) if missing else y
+        offsets = [*linear.offsets[:-1], padded.shape[1]]
+        native.cuda_lora_expand(padded, shrunk, *plan, offsets)
+        if missing:
+            y.copy_(padded[:, : y.shape[1]])
 
 
 class BatchWithLoRA(Protocol):

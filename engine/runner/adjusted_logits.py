@@ -59,7 +59,8 @@ def adjust_part(
 
     adjusted = logits.to(torch.float32, copy=True)
     adjusted[biased_rows, biased_ids] += to_device_of(logits, adjustments.biases[found])
-    adjusted[forbidden_rows, forbidden_ids] = -torch.inf
+    # A number of the host's would be waited for.
+    adjusted[forbidden_rows, forbidden_ids] = adjusted.new_full((), -torch.inf)
     # Where a token is there several times, the same is written several times.
     seen_rows, seen_ids = torch.cat([prompt_rows, rows]), torch.cat([prompt_ids, token_ids])
     seen = adjusted[seen_rows, seen_ids]

@@ -35,7 +35,7 @@ def test_gpu_kernels(tmp_path: Path) -> None:
     figures = json.loads(output.read_text())["figures"]
     assert figures["launch_microseconds"] > 0
     assert {case["case"].split(":")[0] for case in figures["cases"]} >= {
-        "shrink qkv", "expand down", "layer", "attention", "linears", "rows",
+        "lora qkv", "lora down", "lora layer", "attention", "linears", "rows",
     }  # fmt: skip
     assert all(case["microseconds"] > 0 for case in figures["cases"])
 
