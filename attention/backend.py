@@ -15,6 +15,10 @@ logger = logging.getLogger(__name__)
 # FlashInfer compiles for others (80, 96) as well, but gives wrong results.
 FLASHINFER_DTYPE = torch.bfloat16
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
+# What the kernel of csrc/cuda/decode_attention.cu is made for. With fewer heads of keys too few
+# warps take part.
+STREAMED_KV_HEADS = range(4, 13)
+MAX_STREAMED_GROUP = 8
 
 Tensor = torch.Tensor
 
@@ -52,6 +56,12 @@ class AttentionBackend(Protocol):
         what `plan` leaves at fixed addresses, so that a CUDA graph can hold it."""
         ...
 
+    @property
+    def decodes_apart(self) -> bool:
+        """Whether steps with one row of each request launch something else than others, so that
+        they need graphs of their own."""
+        ...
+
     def plan(self, metadata: AttentionMetadata) -> PlannedAttention: ...
 
 
@@ -60,18 +70,19 @@ class _MakeBackend(Protocol):
 
 
 _HOMES = {
+    "streamed": ("loraplex.attention.streamed", "StreamedAttention"),
     "flashinfer": ("loraplex.attention.flashinfer", "FlashInferAttention"),
     "native": ("loraplex.attention.native", "NativeAttention"),
     "reference": ("loraplex.attention.reference", "ReferenceAttention"),
     "sdpa": ("loraplex.attention.sdpa", "SdpaAttention"),
 }
 # Of those that do not serve every device.
-_DEVICE_TYPES = {"flashinfer": "cuda", "native": "cpu"}
+_DEVICE_TYPES = {"streamed": "cuda", "flashinfer": "cuda", "native": "cpu"}
 
 
 def get_backend(name: str, shape: AttentionShape) -> AttentionBackend:
-    """The backend of that name; "auto" is native on the CPU, and on CUDA devices flashinfer, sdpa
-    for what flashinfer does not serve, or reference for what neither serves.
+    """The backend of that name; "auto" is native on the CPU. On CUDA devices it is the first of
+    streamed, flashinfer, sdpa and reference that serves the shape.
 
     Raises ValueError for an unknown name, and for a shape or device that the backend cannot serve.
     """
@@ -84,13 +95,13 @@ def get_backend(name: str, shape: AttentionShape) -> AttentionBackend:
     if _DEVICE_TYPES.get(name, shape.device.type) != shape.device.type:
         raise ValueError(
             f"attention_backend={name!r} is not allowed on the device {str(shape.device)!r}: "
-            "flashinfer serves CUDA devices, native the CPU, and sdpa and reference both"
+            "streamed and flashinfer serve CUDA devices, native the CPU, sdpa and reference both"
         )
     module, attribute = home
     try:
         make: _MakeBackend = getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name != "flashinfer":
             raise
         raise ValueError(
             f"attention_backend={name!r} is not allowed here: the package is not installed; "
@@ -99,11 +110,23 @@ def get_backend(name: str, shape: AttentionShape) -> AttentionBackend:
     return make(shape)
 
 
+def is_streamed(shape: AttentionShape) -> bool:
+    """Whether the backend "streamed" serves a shape that flashinfer does."""
+    return (
+        (shape.head_dim, shape.block_size, shape.kv_dtype) == (128, 16, torch.bfloat16)
+        and shape.num_kv_heads in STREAMED_KV_HEADS
+        and shape.num_heads <= MAX_STREAMED_GROUP * shape.num_kv_heads
+        and shape.windows == (None,)
+        and shape.logits_soft_cap == 0
+        and torch.cuda.get_device_capability(shape.device) == (9, 0)
+    )
+
+
 def _choose(shape: AttentionShape) -> str:
     if shape.device.type == "cpu":
         return "native"
     if shape.dtype == FLASHINFER_DTYPE and shape.head_dim in FLASHINFER_HEAD_DIMS:
-        return "flashinfer"
+        return "streamed" if is_streamed(shape) else "flashinfer"
     # torch's own attention has no soft cap.
     name, speed = ("reference", "slow") if shape.logits_soft_cap else ("sdpa", "slower")
     logger.warning(

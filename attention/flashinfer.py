@@ -178,6 +178,7 @@ class FlashInferAttention:
     """Raises ValueError for a dtype or head_dim that FlashInfer does not serve."""
 
     supports_graphs = True
+    decodes_apart = False
 
     def __init__(self, shape: AttentionShape) -> None:
         if shape.dtype != FLASHINFER_DTYPE or shape.head_dim not in FLASHINFER_HEAD_DIMS:

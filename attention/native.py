@@ -43,6 +43,7 @@ class NativeAttention:
     """The kernels cut the batch into items of work themselves, so that there is little to plan."""
 
     supports_graphs: ClassVar[bool] = False
+    decodes_apart: ClassVar[bool] = False
 
     shape: AttentionShape
 

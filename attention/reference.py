@@ -66,6 +66,7 @@ class PlannedReferenceAttention:
 @dataclass(frozen=True, slots=True)
 class ReferenceAttention:
     supports_graphs: ClassVar[bool] = False
+    decodes_apart: ClassVar[bool] = False
 
     shape: AttentionShape
 

@@ -99,6 +99,7 @@ class SdpaAttention:
     """Raises ValueError for a shape with a soft cap, which torch's attention has not."""
 
     supports_graphs: ClassVar[bool] = False
+    decodes_apart: ClassVar[bool] = False
 
     def __init__(self, shape: AttentionShape) -> None:
         if shape.logits_soft_cap:

@@ -104,6 +104,7 @@ class EngineConfig(SourceSettings):
     device: str = option("auto", "cuda, cpu, or auto: cuda where there is a GPU.")
     attention_backend: str = option(
         "auto",
+        "streamed (Hopper GPUs: a kernel of our own where requests decode, flashinfer elsewhere), "
         "flashinfer (GPUs), sdpa (torch's own attention, for what flashinfer does not serve), "
         "native (C++ kernels for the CPU), reference (plain torch, slow), or auto, which is native "
         "on the CPU and the first of the others that serves the model on a GPU.",
@@ -116,7 +117,7 @@ class EngineConfig(SourceSettings):
             "kv_cache_dtype": ("auto", "fp8"),
             "load_format": ("auto", "dummy"),
             "device": ("auto", "cpu", "cuda"),
-            "attention_backend": ("auto", "flashinfer", "native", "reference", "sdpa"),
+            "attention_backend": ("auto", "streamed", "flashinfer", "native", "reference", "sdpa"),
             "eviction_policy": tuple(POLICIES),
             "quantization": (None, *QUANTIZATIONS),
         }

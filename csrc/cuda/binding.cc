@@ -1,5 +1,5 @@
-// The bindings of what only CUDA has: linears of few rows, and LoRA products planned on the host,
-// whose plan is on the device.
+// The bindings of what only CUDA has: linears of few rows, attention of rows that decode, and LoRA
+// products planned on the host, whose plan is on the device.
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/tvm_ffi.h>
 
@@ -47,6 +47,54 @@ void cuda_linear(TensorView y, TensorView x, TensorView weight, Optional<TensorV
   if (p.num_tokens == 0) return;
   const DLDevice device = x.device();
   const char* error = cuda::linear(p, TVMFFIEnvGetStream(device.device_type, device.device_id));
+  if (error != nullptr) TVM_FFI_THROW(RuntimeError) << function << ": " << error;
+}
+
+void cuda_decode_attention(TensorView out, TensorView q, TensorView k_cache, TensorView v_cache,
+                           TensorView pages, TensorView rows, TensorView shares,
+                           TensorView partials, TensorView counters, double scale) {
+  const char* function = "cuda_decode_attention";
+  const Argument result{function, "out", out}, query{function, "q", q};
+  const Argument keys{function, "k_cache", k_cache}, values{function, "v_cache", v_cache};
+  const Argument table{function, "pages", pages}, row_list{function, "rows", rows};
+  const Argument share_list{function, "shares", shares}, sums{function, "partials", partials};
+  const Argument meeting{function, "counters", counters};
+  require_cuda({result, query, keys, values, table, row_list, share_list, sums, meeting});
+  cuda::DecodeAttentionParams p{};
+  query.has_type(kBFloat16).has_shape({kAny, kAny, cuda::kAttentionHeadDim});
+  result.is_like(query).is_contiguous();
+  keys.has_type(kBFloat16).has_shape({kAny, cuda::kAttentionPageTokens, kAny, q.size(2)});
+  values.is_like(keys);
+  p.num_kv_heads = k_cache.size(2);
+  p.group = p.num_kv_heads == 0 ? 0 : q.size(1) / p.num_kv_heads;
+  LORAPLEX_REQUIRE(0 < p.num_kv_heads && p.num_kv_heads <= cuda::kMaxAttentionKvHeads &&
+                   0 < p.group && p.group <= cuda::kMaxAttentionGroup &&
+                   p.group * p.num_kv_heads == q.size(1))
+      << function << ": k_cache must have at most " << cuda::kMaxAttentionKvHeads
+      << " heads and q as many, or up to " << cuda::kMaxAttentionGroup << " times as many, got "
+      << p.num_kv_heads << " and " << q.size(1);
+  const int64_t token_stride = p.num_kv_heads * q.size(2);
+  for (const TensorView& cache : {k_cache, v_cache}) {
+    LORAPLEX_REQUIRE(cache.stride(2) == q.size(2) && cache.stride(1) == token_stride &&
+                     cache.stride(0) == k_cache.stride(0) && cache.stride(0) % 8 == 0)
+        << function << ": caches must have dense pages, equally far apart";
+  }
+  LORAPLEX_REQUIRE(q.stride(1) == q.size(2) && q.stride(0) % 8 == 0)
+      << function << ": rows of q must be dense, and begin at multiples of 8 elements";
+  p.out = out.data_ptr(), p.q = q.data_ptr(), p.k = k_cache.data_ptr(), p.v = v_cache.data_ptr();
+  p.q_stride = q.stride(0), p.page_stride = k_cache.stride(0);
+  p.scale = static_cast<float>(scale);
+  p.pages = table.has_type(kInt32).has_shape({kAny}).is_contiguous().data<int32_t>();
+  p.rows = row_list.has_type(kInt32).has_shape({kAny, 4}).is_contiguous().data<int32_t>();
+  p.num_blocks = shares.size(0);
+  p.shares = share_list.has_type(kInt32).has_shape({kAny, 4}).is_contiguous().data<int32_t>();
+  sums.has_type(kFloat32).has_shape({p.num_blocks, 2 * q.size(1) * cuda::kAttentionPartSums});
+  p.partials = static_cast<float*>(sums.is_contiguous().tensor.data_ptr());
+  meeting.has_type(kInt32).has_shape({p.num_blocks, p.num_kv_heads}).is_contiguous();
+  p.counters = static_cast<int32_t*>(counters.data_ptr());
+  const DLDevice device = q.device();
+  const char* error =
+      cuda::decode_attention(p, TVMFFIEnvGetStream(device.device_type, device.device_id));
   if (error != nullptr) TVM_FFI_THROW(RuntimeError) << function << ": " << error;
 }
 
@@ -137,5 +185,6 @@ void cuda_lora_expand(TensorView y, TensorView v, TensorView pool, TensorView it
 }  // namespace loraplex
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_linear, loraplex::cuda_linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_decode_attention, loraplex::cuda_decode_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_lora_shrink, loraplex::cuda_lora_shrink);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_lora_expand, loraplex::cuda_lora_expand);

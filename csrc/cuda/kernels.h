@@ -9,6 +9,8 @@ namespace loraplex::cuda {
 // Rows with one adapter, at most kItemRows of them; one int4 on the device. Its pages are
 // pages[first_page], pages[first_page + 1], ...
 constexpr int kItemRows = 32;
+// With up to so many rows in all, items have at most 8 rows.
+constexpr int kMaxFineRows = 512;
 constexpr int kMaxGroup = 4;
 constexpr int kMaxRank = 256;
 // Of a block of shrink, where several share an item and a module.
@@ -20,7 +22,7 @@ struct LoraParams {
   DType dtype;
   const uint8_t* pool;
   int64_t page_bytes;
-  const int32_t* items;  // [max_items, 4]: row_begin, row_end, first_page, unused
+  const int32_t* items;  // [max_items, 4]: row_begin, row_end, first_page, pages[first_page]
   const int32_t* num_items;
   const int32_t* pages;
   int32_t layer, num_modules;      // of the images' headers
@@ -55,12 +57,39 @@ struct LinearParams {
   int32_t num_blocks;  // one for each multiprocessor
 };
 
+// Attention of single query rows over pages of 16 tokens, in bfloat16, with a head_dim of 128.
+constexpr int kAttentionHeadDim = 128, kAttentionPageTokens = 16;
+constexpr int kMaxAttentionKvHeads = 12, kMaxAttentionGroup = 8;
+// Of a query head in a part of a row: sums, the greatest score, the sum of weights.
+constexpr int kAttentionPartSums = kAttentionHeadDim + 2;
+struct DecodeAttentionParams {
+  void* out;          // [num_rows, num_kv_heads * group, 128]
+  const void* q;      // the same, rows q_stride apart
+  const void *k, *v;  // [num_pages, 16, num_kv_heads, 128], pages page_stride apart
+  int64_t q_stride, page_stride;
+  int32_t num_kv_heads, group;  // query heads of a key head
+  float scale;
+  const int32_t* pages;  // of all rows, one after another
+  // [num_rows, 4]: where a row's pages begin and end in `pages`, its tokens, and
+  // first share * 2^16 + number of shares.
+  const int32_t* rows;
+  // [num_blocks, 4]: where a share begins and ends in `pages`, its first row, and how many of its
+  // first pages this step does not write.
+  const int32_t* shares;
+  // What blocks leave for the one that ends a row: [num_blocks, 2 * num_kv_heads * group *
+  // kAttentionPartSums], and who is last: [num_blocks, num_kv_heads], zeros between launches.
+  float* partials;
+  int32_t* counters;
+  int32_t num_blocks;
+};
+
 const char* rms_norm(const RmsNormParams&, void* stream);
 const char* rope(const RopeParams&, void* stream);
 const char* act_and_mul(const ActAndMulParams&, void* stream);
 const char* write_kv(const WriteKvParams&, void* stream);
 const char* sample(const SampleParams&, void* stream);
 const char* linear(const LinearParams&, void* stream);
+const char* decode_attention(const DecodeAttentionParams&, void* stream);
 const char* lora_shrink(const LoraParams&, void* stream);
 const char* lora_expand(const LoraParams&, void* stream);
 const char* lora_shrink_float32(const LoraParams&, void* stream);

@@ -13,7 +13,7 @@
 // them in order: the result is the same every time, and depends on a row's own x alone.
 #include <cuda.h>
 
-#include "device.cuh"
+#include "bulk_copy.cuh"
 #include "kernels.h"
 
 namespace loraplex::cuda {
@@ -43,55 +43,6 @@ struct Stages {
   static constexpr int kBytes = kWeightBytes + kTokens * kRowBytes;
   static constexpr int kCount = 200 * 1024 / kBytes;
   static constexpr int kSharedBytes = kCount * kBytes + kAtomBytes;  // and room to align
-};
-
-__device__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// ---- barriers in shared memory ----
-
-__device__ void init_barrier(uint64_t* barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(count));
-}
-
-__device__ void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-__device__ void expect_bytes(uint64_t* barrier, int bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-
-__device__ void wait_for(uint64_t* barrier, uint32_t round) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(round)
-      : "memory");
-}
-
-// Stages that copies fill and products empty, and where one of the two is.
-template <int kStages>
-struct Ring {
-  uint64_t *full, *empty;
-  int stage = 0;
-  uint32_t round = 0;
-
-  __device__ void advance() {
-    if (++stage == kStages) stage = 0, round ^= 1;
-  }
-  __device__ void wait_until_full() { wait_for(full + stage, round); }
-  __device__ void wait_until_empty() { wait_for(empty + stage, round ^ 1); }
 };
 
 // ---- copies and products ----
@@ -286,9 +237,8 @@ __device__ void write_rows(const LinearParams& p, const Sums<kTokens>& sums, int
 }
 
 template <int kTokens>
-__device__ void copy_share(uint32_t stages, Ring<Stages<kTokens>::kCount> ring,
-                           const Shares& shares, const CUtensorMap& weights,
-                           const CUtensorMap& tokens) {
+__device__ void copy_share(uint32_t stages, Ring ring, const Shares& shares,
+                           const CUtensorMap& weights, const CUtensorMap& tokens) {
   using S = Stages<kTokens>;
   const int begin = shares.first_step(blockIdx.x), end = shares.first_step(blockIdx.x + 1);
   const auto copy_weight_tile = [&](int step, int stage) {
@@ -312,8 +262,8 @@ __device__ void copy_share(uint32_t stages, Ring<Stages<kTokens>::kCount> ring,
 }
 
 template <int kTokens>
-__device__ void multiply_share(uint32_t stages, Ring<Stages<kTokens>::kCount> ring,
-                               const Shares& shares, const LinearParams& p) {
+__device__ void multiply_share(uint32_t stages, Ring ring, const Shares& shares,
+                               const LinearParams& p) {
   using S = Stages<kTokens>;
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   const bool is_first_lane = threadIdx.x % 32 == 0;
@@ -372,13 +322,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       init_barrier(full + stage, 1);
       init_barrier(empty + stage, kConsumers / 32);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
   const int depth = (p.in_features + kDepth - 1) / kDepth;
   const int num_tiles = (p.out_features + kTileFeatures - 1) / kTileFeatures;
   const Shares shares{depth, depth * num_tiles};
-  const Ring<S::kCount> ring{full, empty};
+  const Ring ring{full, empty, S::kCount};
   if (threadIdx.x < kConsumers) {
     // What it writes to, the kernel before may still read.
     wait_for_previous_kernel();

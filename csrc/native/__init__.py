@@ -145,6 +145,17 @@ if has_cuda():
     float32 [multiprocessors, 8192], is scratch; flags, int32 [multiprocessors, 2], hold zeros
     before and after. Calls that share them must follow one another.
     """
+    cuda_decode_attention: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], None
+    ] = _library.cuda_decode_attention
+    """(out, q, k_cache, v_cache, pages, rows, shares, partials, counters, scale) in bfloat16, for
+    requests of one row each, with a head_dim of 128 and pages of 16 tokens; on Hopper GPUs only
+
+    pages, rows and shares, int32 [any number], [num_rows, 4] and [num_blocks, 4], are the plan, as
+    loraplex.attention.streamed makes it. partials, float32 [num_blocks, 2 * num_heads * 130], is
+    scratch; counters, int32 [num_blocks, num_kv_heads], hold zeros before and after. Calls that
+    share them must follow one another.
+    """
     cuda_lora_shrink: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int],
         None,
@@ -160,4 +171,8 @@ if has_cuda():
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Sequence[int], int, Sequence[int]],
         None,
     ] = _library.cuda_lora_expand
-    """(y, v, pool, items, num_items, pages, layer, modules, num_modules, offsets)"""
+    """(y, v, pool, items, num_items, pages, layer, modules, num_modules, offsets)
+
+    items are lora/plan.py's: of up to 512 rows in all, none has more than 8. The kernel that was
+    launched last must be the shrink that made v.
+    """

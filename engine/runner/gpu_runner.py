@@ -1,8 +1,9 @@
 """Runs the model on a CUDA device, a step ahead of the host. Knows no scheduling.
 
 Steps of few rows, whether they decode or begin short prompts, replay CUDA graphs: one for each
-bucket of rows, with LoRA and without. What differs between two steps of a bucket lies in buffers at
-fixed addresses. Other steps launch their kernels one by one, while the device works on the last.
+bucket of rows, with LoRA and without, and where attention wants it, one for decoding alone. What
+differs between two steps of a bucket lies in buffers at fixed addresses. Other steps launch their
+kernels one by one, while the device works on the last.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class GpuModelRunner:
         self._lora_scratch = shrink_scratch(self._device)
         self._last_token = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)
         self._uploaded = torch.cuda.Event()
-        self._graphs: dict[tuple[int, int], CapturedForward] = {}
+        self._graphs: dict[tuple[int, int, bool], CapturedForward] = {}
         self._buckets = graph_buckets(max_num_batched_tokens)
         # Modules whose LoRA products a graph may hold: none, the attention's, all.
         names = [module.path for module in spec.modules]
@@ -171,15 +172,28 @@ class GpuModelRunner:
         pool = torch.cuda.graph_pool_handle()
         progress = {"desc": "Capturing graphs", "unit": "batch size", "leave": False}
         for bucket in tqdm(self._buckets[::-1], **progress):
-            attention = self._plan_idle([1] * bucket, bucket)
-            for mask in self._graph_masks:
-                # Once outside of the graph: libraries make their handles at the first call.
-                self._forward(bucket, attention, mask)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    hidden = self._forward(bucket, attention, mask)
-                self._graphs[bucket, mask] = CapturedForward(graph, hidden)
+            for query_lens in self._idle_steps(bucket):
+                attention = self._plan_idle(query_lens, bucket)
+                decodes = self._decodes_apart(max(query_lens))
+                for mask in self._graph_masks:
+                    # Once outside of the graph: libraries make their handles at the first call.
+                    self._forward(bucket, attention, mask)
+                    torch.cuda.synchronize()
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool):
+                        hidden = self._forward(bucket, attention, mask)
+                    self._graphs[bucket, mask, decodes] = CapturedForward(graph, hidden)
+
+    def _decodes_apart(self, max_query_len: int) -> bool:
+        """Whether such a step needs a graph that is for decoding alone."""
+        return self._backend.decodes_apart and max_query_len == 1
+
+    def _idle_steps(self, bucket: int) -> list[list[int]]:
+        """Query rows of each request, of a step for each graph of a bucket."""
+        steps = [[1] * bucket]
+        if self._backend.decodes_apart and bucket > 1:
+            steps.append([2] + [1] * (bucket - 2))
+        return steps
 
     def _plan_idle(self, query_lens: list[int], bucket: int | None) -> Any:
         """Attention for rows that only touch the scratch page."""
@@ -217,7 +231,8 @@ class GpuModelRunner:
         if bucket is None or batch.vector_mask or ends is not None or not self._graphs:
             hidden = self._forward(num_rows, attention, batch.module_mask, batch, ends)
         else:
-            hidden = self._replay(num_rows, batch.module_mask)
+            decodes = self._decodes_apart(int(batch.num_new_tokens.max()))
+            hidden = self._replay(num_rows, batch.module_mask, decodes)
         prompt_logprobs = [
             score_prompt(self._model, span, hidden, ends) for span in batch.prompt_logprobs
         ]
@@ -226,10 +241,10 @@ class GpuModelRunner:
         logits = self._model.logits(hidden[rows], head)
         return self._sample(batch, logits, prompt_logprobs, pool(batch, hidden))
 
-    def _replay(self, bucket: int, module_mask: int) -> Tensor:
+    def _replay(self, bucket: int, module_mask: int, decodes: bool) -> Tensor:
         """Hidden states of a padded step, by its graph."""
         mask = next(m for m in self._graph_masks if not module_mask & ~m)
-        captured = self._graphs[bucket, mask]
+        captured = self._graphs[bucket, mask, decodes]
         captured.graph.replay()
         return captured.hidden
 

@@ -33,7 +33,8 @@ def test_unknown_backend() -> None:
     ("name", "device", "message"),
     [
         ("flashinfer", "cpu", "'flashinfer' is not allowed on the device 'cpu'"),
-        ("native", "cuda", "native the CPU, and sdpa and reference both"),
+        ("streamed", "cpu", "'streamed' is not allowed on the device 'cpu'"),
+        ("native", "cuda", "native the CPU, sdpa and reference both"),
     ],
 )
 def test_wrong_device(name: str, device: str, message: str) -> None:

@@ -1,8 +1,9 @@
-"""FlashInfer and sdpa over strided views of the pool, against the reference in float64."""
+"""The backends for GPUs over strided views of the pool, against the reference in float64."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,14 @@ from attention_batch import (
 )
 
 from loraplex.attention.backend import get_backend
+from loraplex.attention.flashinfer import FlashInferAttention
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
+from loraplex.attention.streamed import StreamedAttention
 
 MIXED = [(1, 1), (1, 17), (9, 9), (1, 130), (5, 70), (33, 33), (1, 64), (300, 700)]
 DECODE = [(1, 1), (1, 16), (1, 17), (1, 500), (1, 1000)]
+# More than multiprocessors, some in several shares and some in one.
+MANY = [(1, 1 + 37 * i % 900) for i in range(200)]
 RELATIVE_ERROR = {torch.float32: 2e-5, torch.bfloat16: 4e-3}
 
 
@@ -96,23 +101,68 @@ def test_flashinfer_windows_and_soft_caps(
     check_twice(batch, "flashinfer")
 
 
+@pytest.mark.parametrize("heads", [(32, 8), (8, 8), (40, 10), (48, 12), (32, 4), (28, 4)])
+@pytest.mark.parametrize(
+    "requests",
+    [MIXED, DECODE, MANY, [(1, 70_000)], [(1, 1)], [(1, 5)] * 300],
+    ids=["mixed", "decode", "many", "one long", "one token", "one page each"],
+)
+def test_streamed(requests: Requests, heads: tuple[int, int]) -> None:
+    num_heads, num_kv_heads = heads
+    batch = Batch(
+        requests, torch.bfloat16, 128, num_kv_heads, num_heads // num_kv_heads, windows=(None,),
+        device="cuda",
+    )  # fmt: skip
+    check_twice(batch, "streamed")
+    first, second = (batch.run("streamed") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("head_dim", 64), ("block_size", 32), ("num_kv_heads", 16), ("kv_dtype", FLOAT8),
+        ("num_heads", 72), ("logits_soft_cap", 30.0), ("windows", (None, 16)),
+    ],
+)  # fmt: skip
+def test_what_is_not_streamed_is_refused(option: str, value: Any) -> None:
+    dtype = torch.bfloat16
+    shape = AttentionShape(32, 8, 128, 1.0, 16, dtype, dtype, torch.device("cuda"), 16, 1000)
+    assert isinstance(get_backend("auto", shape), StreamedAttention)
+    other = replace(shape, **{option: value})
+    assert isinstance(get_backend("auto", other), FlashInferAttention)
+    with pytest.raises(ValueError, match="'streamed' is not allowed for this model"):
+        get_backend("streamed", other)
+
+
 @pytest.mark.parametrize("requests", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_graphs_follow_the_plans_of_all_windows(
     requests: Requests, kv_dtype: torch.dtype | None
 ) -> None:
+    check_graph("flashinfer", requests, (None, 16, 600), kv_dtype)
+
+
+@pytest.mark.parametrize("requests", [DECODE, MANY], ids=["decode", "many"])
+def test_graphs_follow_the_plans_of_streamed_attention(requests: Requests) -> None:
+    check_graph("streamed", requests, (None,))
+
+
+def check_graph(
+    name: str,
+    requests: Requests,
+    windows: tuple[int | None, ...],
+    kv_dtype: torch.dtype | None = None,
+) -> None:
     """Layers of several windows in one graph, replayed for other requests than it was made for,
     which do not fill it."""
-    windows = (None, 16, 600)
     batch = Batch(
         requests, torch.bfloat16, 128, 8, 4, windows=windows, device="cuda", kv_dtype=kv_dtype
     )
     num_tokens = len(batch.q)
     bucket = num_tokens + 5
     q = torch.cat([batch.q, batch.q.new_full((5, *batch.q.shape[1:]), torch.nan)])
-    backend = get_backend(
-        "flashinfer", replace(batch.shape, max_num_requests=bucket, max_num_pages=2000)
-    )
+    backend = get_backend(name, replace(batch.shape, max_num_requests=bucket, max_num_pages=8000))
     assert backend.supports_graphs
     idle = AttentionMetadata(
         cu_seqlens_q=torch.arange(bucket + 1, dtype=torch.int32),

@@ -1,0 +1,398 @@
+// Attention of single query rows over pages of keys and values, for Hopper GPUs: reads the pages
+// once, as fast as memory gives them.
+//
+// All pages of all rows, one after another, are cut into equal shares, one for each multiprocessor,
+// which may begin and end inside of a row. A warp copies pages to shared memory, all heads of a
+// page at once (they are contiguous), stages ahead of the others, of which each has one key head:
+// q k^T on tensor cores, the weighted sum of values in float32. Pages that this step does not write
+// are on their way while the kernel before still runs.
+//
+// What shares have of a row is put together by the warp that comes last, in the order of shares:
+// the result is the same every time.
+#include "bulk_copy.cuh"
+#include "kernels.h"
+
+namespace loraplex::cuda {
+namespace {
+
+constexpr int kPageTokens = kAttentionPageTokens, kHeadDim = kAttentionHeadDim;
+constexpr int kTokenBytes = kHeadDim * sizeof(BFloat16);  // of a head
+constexpr int kMaxStages = 16, kStagedBytes = 192 * 1024;
+
+__device__ void copy_bulk(uint32_t target, const void* source, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(target),
+      "l"(source), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+__device__ uint4 load_shared(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address));
+  return x;
+}
+
+// d += a b, 16 x 8 x 16; rows 8 to 15 of a are zeros.
+__device__ void multiply(float (&d)[4], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, "
+      "{%7, %8}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+}
+
+__device__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ float high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000); }
+
+struct Share {
+  int begin, end, first_row, num_old;
+};
+struct Row {
+  int begin, end, num_tokens, shares;
+  __device__ int first_share() const { return shares >> 16; }
+  __device__ int num_shares() const { return shares & 0xFFFF; }
+};
+
+template <class T>
+__device__ T load_record(const int32_t* records, int index) {
+  const int4 r = __ldg(reinterpret_cast<const int4*>(records) + index);
+  return {r.x, r.y, r.z, r.w};
+}
+
+// ---- copying ----
+
+// By one warp: keys of a page to a stage, its values to the next.
+__device__ void copy_pages(const DecodeAttentionParams& p, const Share& share, uint32_t stages,
+                           int stage_bytes, Ring ring) {
+  const int lane = threadIdx.x % 32;
+  int numbers = 0;  // of 32 pages
+  bool has_waited = false;
+  const auto copy = [&](const void* cache, int64_t page) {
+    expect_bytes(ring.full + ring.stage, stage_bytes);
+    copy_bulk(stages + ring.stage * stage_bytes,
+              static_cast<const BFloat16*>(cache) + page * p.page_stride, stage_bytes,
+              ring.full + ring.stage);
+  };
+  for (int i = share.begin; i < share.end; ++i) {
+    const int index = i - share.begin;
+    if (index % 32 == 0) numbers = i + lane < share.end ? __ldg(p.pages + i + lane) : 0;
+    const int64_t page = __shfl_sync(~0u, numbers, index % 32);
+    const bool needs_wait = index >= share.num_old || 2 * (index + 1) > ring.num_stages;
+    if (needs_wait && !has_waited) wait_for_previous_kernel(), has_waited = true;
+    for (const void* cache : {p.k, p.v}) {
+      ring.wait_until_empty();
+      if (lane == 0) copy(cache, page);
+      ring.advance();
+    }
+  }
+}
+
+// ---- attending ----
+
+// Of a key head's queries, over some of a row's pages. kGroup: at least p.group.
+template <int kGroup>
+struct Attended {
+  float o[kGroup][4] = {};         // 4 of this lane's columns
+  float max = -INFINITY, sum = 0;  // of query lane / 4, in powers of 2; of the sum what is of this
+                                   // lane's tokens
+};
+
+template <int kGroup>
+struct Weights {  // of a warp's page
+  float of[kPageTokens][kGroup];
+  float factor[kGroup];  // for what was summed before
+};
+
+// Scores of a page's tokens, 8 half + 2 t and the next, of query g. Lanes take 16-byte pieces of q
+// and k: a permutation of head_dim, the same for both.
+__device__ void score(float (&scores)[2][4], const uint4 (&query)[4], uint32_t keys,
+                      int token_bytes) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint4 key[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) key[j] = load_shared(keys + (8 * half + g) * token_bytes + 64 * j);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      multiply(scores[half], query[j].x, query[j].y, key[j].x, key[j].y);
+      multiply(scores[half], query[j].z, query[j].w, key[j].z, key[j].w);
+    }
+  }
+}
+
+// Scores to weights for all lanes, and what was summed before to the new greatest score.
+template <int kGroup>
+__device__ void weigh(Attended<kGroup>& a, Weights<kGroup>& weights, const float (&scores)[2][4],
+                      float scale, int num_tokens) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  float x[4], most = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int token = 8 * (i / 2) + 2 * t + i % 2;
+    x[i] = token < num_tokens ? scores[i / 2][i % 2] * scale : -INFINITY;
+    most = fmaxf(most, x[i]);
+  }
+  most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+  most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+  const float new_max = fmaxf(a.max, most), factor = exp2f(a.max - new_max);
+  a.max = new_max, a.sum *= factor;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = exp2f(x[i] - new_max), a.sum += x[i];
+  __syncwarp();  // All have read the weights of the page before.
+  if (g < kGroup) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights.of[8 * (i / 2) + 2 * t + i % 2][g] = x[i];
+    if (t == 0) weights.factor[g] = factor;
+  }
+  const bool is_same = __all_sync(~0u, g >= kGroup || factor == 1);
+  __syncwarp();
+  if (is_same) return;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    const float f = weights.factor[i];
+#pragma unroll
+    for (int d = 0; d < 4; ++d) a.o[i][d] *= f;
+  }
+}
+
+template <int kGroup>
+__device__ void add_values(Attended<kGroup>& a, const Weights<kGroup>& weights, uint32_t values,
+                           int token_bytes, int num_tokens) {
+  const auto add = [&](int token) {
+    uint2 v;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "r"(values + token * token_bytes));
+    const float column[4] = {low(v.x), high(v.x), low(v.y), high(v.y)};
+#pragma unroll
+    for (int i = 0; i < kGroup; i += 4) {
+      const float4 w = *reinterpret_cast<const float4*>(&weights.of[token][i]);
+      const float weight[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int d = 0; d < 4; ++d) a.o[i + j][d] += weight[j] * column[d];
+    }
+  };
+  if (num_tokens == kPageTokens) {
+#pragma unroll
+    for (int token = 0; token < kPageTokens; ++token) add(token);
+  } else {
+    // What lies behind the last token may be anything, even no number.
+    for (int token = 0; token < num_tokens; ++token) add(token);
+  }
+}
+
+// ---- results, and what goes from share to share ----
+
+__device__ void write_columns(BFloat16* out, const float (&o)[4], float factor) {
+  Vec<BFloat16, 4> y;
+#pragma unroll
+  for (int d = 0; d < 4; ++d) y.lanes[d] = from_float<BFloat16>(o[d] * factor);
+  store(out, y);
+}
+
+// Places of a block, for one key head: one for a row that began before its share, one for a row
+// that goes on behind it.
+struct Parts {
+  float *sums, *weights;
+
+  __device__ Parts(const DecodeAttentionParams& p, int block, bool goes_on, int head) {
+    const int num_heads = p.num_kv_heads * p.group, query = goes_on * num_heads + head * p.group;
+    float* first = p.partials + int64_t{block} * 2 * num_heads * kAttentionPartSums;
+    sums = first + query * kHeadDim;
+    weights = first + 2 * num_heads * kHeadDim + query * 2;
+  }
+};
+
+template <int kGroup>
+__device__ void leave(const DecodeAttentionParams& p, const Attended<kGroup>& a,
+                      const Parts& parts) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    if (i < p.group) {
+      __stcg(reinterpret_cast<float4*>(parts.sums + i * kHeadDim) + lane,
+             make_float4(a.o[i][0], a.o[i][1], a.o[i][2], a.o[i][3]));
+    }
+  }
+  if (lane % 4 == 0 && lane / 4 < p.group) {
+    __stcg(reinterpret_cast<float2*>(parts.weights) + lane / 4, make_float2(a.max, a.sum));
+  }
+  __threadfence();
+  __syncwarp();
+}
+
+// A row of which all shares have left their part; out: of this lane's columns.
+template <int kGroup>
+__device__ void join(const DecodeAttentionParams& p, const Row& row, int head, BFloat16* out) {
+  const int lane = threadIdx.x % 32, count = row.num_shares();
+  const auto part = [&](int n) { return Parts(p, row.first_share() + n, n == 0, head); };
+  float max[kGroup], sum[kGroup], o[kGroup][4];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    max[i] = -INFINITY, sum[i] = 0;
+#pragma unroll
+    for (int d = 0; d < 4; ++d) o[i][d] = 0;
+  }
+  for (int first = 0; first < count; first += 32) {
+    // A lane has the weights of one part.
+    float factor[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      float2 own = make_float2(-INFINITY, 0);
+      if (i < p.group && first + lane < count) {
+        own = __ldcg(reinterpret_cast<const float2*>(part(first + lane).weights) + i);
+      }
+      float most = own.x;
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
+      }
+      most = fmaxf(max[i], most);
+      const float before = i < p.group ? exp2f(max[i] - most) : 0;
+      factor[i] = i < p.group ? exp2f(own.x - most) : 0;
+      float all = factor[i] * own.y;
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) all += __shfl_xor_sync(~0u, all, offset);
+      max[i] = most, sum[i] = sum[i] * before + all;
+#pragma unroll
+      for (int d = 0; d < 4; ++d) o[i][d] *= before;
+    }
+    const int num = min(32, count - first);
+#pragma unroll(16 / kGroup)
+    for (int n = 0; n < num; ++n) {
+      const float* sums = part(first + n).sums;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const float4 x = i < p.group
+                             ? __ldcg(reinterpret_cast<const float4*>(sums + i * kHeadDim) + lane)
+                             : make_float4(0, 0, 0, 0);
+        const float f = __shfl_sync(~0u, factor[i], n);
+        o[i][0] += f * x.x, o[i][1] += f * x.y, o[i][2] += f * x.z, o[i][3] += f * x.w;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    if (i < p.group) write_columns(out + i * kHeadDim, o[i], 1 / sum[i]);
+  }
+}
+
+// Whether this warp is the last of a row's shares to come here.
+__device__ bool is_last(int32_t* counter, int num_shares) {
+  int num_before = 0;
+  if (threadIdx.x % 32 == 0) {
+    num_before = atomicAdd(counter, 1);
+    if (num_before + 1 == num_shares) *counter = 0;
+  }
+  num_before = __shfl_sync(~0u, num_before, 0);
+  __threadfence();
+  return num_before + 1 == num_shares;
+}
+
+// ---- the kernel ----
+
+template <int kGroup>
+__device__ void attend(const DecodeAttentionParams& p, const Share& share, uint32_t stages,
+                       int stage_bytes, Ring ring, Weights<kGroup>& weights, int head) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int token_bytes = p.num_kv_heads * kTokenBytes, first_query = head * p.group;
+  const float scale = p.scale * 1.4426950408889634f;  // for powers of 2
+  int page = share.begin;
+  for (int index = share.first_row; page < share.end; ++index) {
+    const Row row = load_record<Row>(p.rows, index);
+    uint4 query[4];
+    const BFloat16* q = static_cast<const BFloat16*>(p.q) + index * p.q_stride +
+                        (first_query + g) * kHeadDim + 8 * t;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      query[j] = g < p.group ? *reinterpret_cast<const uint4*>(q + 32 * j) : make_uint4(0, 0, 0, 0);
+    }
+    Attended<kGroup> a;
+    for (const int end = min(share.end, row.end); page < end; ++page) {
+      const int num_tokens = min(kPageTokens, row.num_tokens - kPageTokens * (page - row.begin));
+      const auto stage = [&] { return stages + ring.stage * stage_bytes + head * kTokenBytes; };
+      const auto give_back = [&] {
+        __syncwarp();
+        if (lane == 0) arrive(ring.empty + ring.stage);
+        ring.advance();
+      };
+      float scores[2][4] = {};
+      ring.wait_until_full();
+      score(scores, query, stage() + 16 * t, token_bytes);
+      give_back();
+      weigh(a, weights, scores, scale, num_tokens);
+      ring.wait_until_full();
+      add_values(a, weights, stage() + 8 * lane, token_bytes, num_tokens);
+      give_back();
+    }
+    a.sum += __shfl_xor_sync(~0u, a.sum, 1);
+    a.sum += __shfl_xor_sync(~0u, a.sum, 2);
+    BFloat16* out = static_cast<BFloat16*>(p.out) +
+                    (int64_t{index} * p.num_kv_heads * p.group + first_query) * kHeadDim + 4 * lane;
+    if (row.num_shares() == 1) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const float sum = __shfl_sync(~0u, a.sum, 4 * i);
+        if (i < p.group) write_columns(out + i * kHeadDim, a.o[i], 1 / sum);
+      }
+      continue;
+    }
+    leave(p, a, Parts(p, blockIdx.x, row.begin >= share.begin, head));
+    int32_t* counter = p.counters + row.first_share() * p.num_kv_heads + head;
+    if (is_last(counter, row.num_shares())) join<kGroup>(p, row, head, out);
+  }
+}
+
+template <int kGroup>
+__global__ void __launch_bounds__(32 * (kMaxAttentionKvHeads + 1))
+    decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p, int num_stages) {
+  extern __shared__ __align__(128) uint8_t stages[];
+  __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
+  __shared__ __align__(16) Weights<kGroup> weights[kMaxAttentionKvHeads];
+  const int warp = threadIdx.x / 32, stage_bytes = kPageTokens * p.num_kv_heads * kTokenBytes;
+  const Share share = load_record<Share>(p.shares, blockIdx.x);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < num_stages; ++s) {
+      init_barrier(full + s, 1);
+      init_barrier(empty + s, p.num_kv_heads);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  const Ring ring{full, empty, num_stages};
+  if (warp == p.num_kv_heads) {
+    copy_pages(p, share, shared_address(stages), stage_bytes, ring);
+  } else {
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    attend<kGroup>(p, share, shared_address(stages), stage_bytes, ring, weights[warp], warp);
+  }
+}
+
+template <int kGroup>
+const char* launch_decode_attention(const DecodeAttentionParams& p, void* stream) {
+  static const cudaError_t is_allowed = cudaFuncSetAttribute(
+      decode_attention_kernel<kGroup>, cudaFuncAttributeMaxDynamicSharedMemorySize, kStagedBytes);
+  if (is_allowed != cudaSuccess) return cudaGetErrorString(is_allowed);
+  const int stage_bytes = kPageTokens * p.num_kv_heads * kTokenBytes;
+  const int num_stages =
+      kStagedBytes / stage_bytes < kMaxStages ? kStagedBytes / stage_bytes : kMaxStages;
+  launch_with_shared(decode_attention_kernel<kGroup>, dim3(p.num_blocks), 32 * (p.num_kv_heads + 1),
+                     num_stages * stage_bytes, stream, p, num_stages);
+  return last_error();
+}
+
+}  // namespace
+
+const char* decode_attention(const DecodeAttentionParams& p, void* stream) {
+  return p.group <= 4 ? launch_decode_attention<4>(p, stream)
+                      : launch_decode_attention<8>(p, stream);
+}
+
+}  // namespace loraplex::cuda
