@@ -1,7 +1,7 @@
 """Plans the CUDA kernels' work of a step: cuts rows into items. No torch; runs on the host.
 
-An item is up to ITEM_ROWS rows with one adapter: int32 (row_begin, row_end, first_page, 0), where
-the adapter's pages are pages[first_page], pages[first_page + 1], ...
+An item is up to ITEM_ROWS rows with one adapter: int32 (row_begin, row_end, first_page,
+pages[first_page]), where the adapter's pages are pages[first_page], pages[first_page + 1], ...
 """
 
 from __future__ import annotations
@@ -48,5 +48,6 @@ def plan_items(
     items[:, 0] = begin
     items[:, 1] = np.minimum(begin + item_rows, segment_indptr[segment + 1])
     items[:, 2] = (np.cumsum(num_pages) - num_pages)[segment]
+    items[:, 3] = page_tables[segment, 0]
     is_used = np.arange(page_tables.shape[1]) < num_pages[:, None]
     return items, page_tables[is_used]

@@ -173,50 +173,48 @@ __device__ int num_column_tiles(const LoraParams& p, int m) {
   return (p.offsets[m + 1] - p.offsets[m] + kTileColumns - 1) / kTileColumns;
 }
 
-// A column tile of an item of up to 8 rows, by one warp, kPairs x 16 ranks at a time.
-template <int kPairs>
+// A column tile of an item of up to 8 rows, by one warp, 16 ranks at a time.
+template <bool kHasMore>  // ranks than 16
 __device__ void expand_tile(const LoraParams& p, const Pages& pages, const Module& module,
                             int4 item, int m, int j) {
   const int num_tiles = num_column_tiles(p, m), lane = threadIdx.x % 32;
   const int row = item.x + lane / 4;
   const float* v = row < item.y ? p.v + row * p.v_token_stride + m * p.max_rank : nullptr;
-  ExpandWeights weights[kPairs];
-  const auto load_weights_from = [&](int first_rank) {
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      weights[pair].load(pages, module, first_rank + 16 * pair, num_tiles, j);
-    }
-  };
-  load_weights_from(0);
+  ExpandWeights weights, ahead;
+  weights.load(pages, module, 0, num_tiles, j);
+  if (kHasMore) ahead.load(pages, module, 16, num_tiles, j);
   // The weights, which no kernel before this one writes, are on their way.
   wait_for_previous_kernel();
   const ExpandTarget<1> target(p, item, m, j);
   uint4 before[1][2];
   target.load(before, 0);
   ExpandSums<1> sums;
-  for (int first_rank = 0; first_rank < module.rank; first_rank += 16 * kPairs) {
-    if (first_rank > 0) load_weights_from(first_rank);
-    SplitPair pairs[kPairs][1][2];
+  for (int first_rank = 0; first_rank < module.rank; first_rank += 16) {
+    SplitPair pairs[1][2];
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int r = first_rank + 16 * pair + lane % 4 * 2 + 8 * k;
-        pairs[pair][0][k] = split_floats(load_v(v, r, module.rank));
-      }
+    for (int k = 0; k < 2; ++k) {
+      const int r = first_rank + lane % 4 * 2 + 8 * k;
+      pairs[0][k] = split_floats(load_v(v, r, module.rank));
     }
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) sums.add(weights[pair], pairs[pair]);
+    sums.add(weights, pairs);
+    if (!kHasMore) break;
+    weights = ahead;
+    if (first_rank + 32 < module.rank) {
+      ahead.load(pages, module, first_rank + 32, num_tiles, j);
+    }
   }
   target.store(before, sums, 0);
 }
 
-// Items of up to 8 rows, a column tile at a time by each warp.
-__device__ void expand_few_rows(const LoraParams& p, const Geometry& geometry, int num_items) {
+// Items of up to 8 rows, a column tile at a time by each warp. Few units spread over all
+// multiprocessors, but over the first block on each, which comes before the others.
+// blocks_each: multiprocessor.
+__device__ void expand_few_rows(const LoraParams& p, const Geometry& geometry, int num_items,
+                                int blocks_each) {
   const ColumnTiles tiles(p, 1);
-  const int num_units = num_items * tiles.count();
-  // Blocks first, so that few units spread over all multiprocessors.
-  for (int unit = threadIdx.x / 32 * gridDim.x + blockIdx.x; unit < num_units;
+  const int num_units = num_items * tiles.count(), first_blocks = gridDim.x / blocks_each;
+  const int warp = blockIdx.x / first_blocks * kWarps + threadIdx.x / 32;
+  for (int unit = warp * first_blocks + blockIdx.x % first_blocks; unit < num_units;
        unit += gridDim.x * kWarps) {
     const int4 item = __ldg(reinterpret_cast<const int4*>(p.items) + unit / tiles.count());
     if (item.y - item.x > 8) continue;
@@ -225,9 +223,9 @@ __device__ void expand_few_rows(const LoraParams& p, const Geometry& geometry, i
     const Pages pages = find_pages(p, geometry, item);
     const Module module = find_module<true>(p, pages, m);
     if (module.rank > 16) {
-      expand_tile<4>(p, pages, module, item, m, j);
+      expand_tile<true>(p, pages, module, item, m, j);
     } else if (module.rank > 0) {
-      expand_tile<1>(p, pages, module, item, m, j);
+      expand_tile<false>(p, pages, module, item, m, j);
     }
   }
 }
@@ -300,17 +298,33 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ SplitPair staged[kItemRows * kStagedStride];
   allow_next_kernel();
   const int num_items = *p.num_items;
-  expand_few_rows(p, geometry, num_items);
+  expand_few_rows(p, geometry, num_items, 2);
   expand_many_rows(p, geometry, num_items, staged);
-  // A block without work must not seem done before what it would have waited for is.
-  wait_for_previous_kernel();
+  // Not all have had to, and this kernel must not seem done before what it waits for is.
+  if (blockIdx.x == 0) wait_for_previous_kernel();
+}
+
+constexpr int kFewRowsBlocks = 4;  // each multiprocessor
+
+// Where all items have up to 8 rows: with so few registers that blocks find room beside the base
+// product, and have their weights when it ends; and that blocks of the next linear find room beside
+// these, and begin to read theirs.
+__global__ void __launch_bounds__(kThreads, kFewRowsBlocks)
+    expand_few_kernel(const __grid_constant__ LoraParams p,
+                      const __grid_constant__ Geometry geometry) {
+  allow_next_kernel();
+  expand_few_rows(p, geometry, *p.num_items, kFewRowsBlocks);
+  if (blockIdx.x == 0) wait_for_previous_kernel();
 }
 
 }  // namespace
 
 const char* lora_expand(const LoraParams& p, void* stream) {
   if (p.dtype == DType::kFloat32) return lora_expand_float32(p, stream);
-  launch(expand_kernel, dim3(num_blocks()), kThreads, stream, p, make_geometry(p));
+  const bool is_fine = p.num_tokens <= kMaxFineRows;
+  launch(is_fine ? expand_few_kernel : expand_kernel,
+         dim3(num_blocks() / 2 * (is_fine ? kFewRowsBlocks : 2)), kThreads, stream, p,
+         make_geometry(p));
   return last_error();
 }
 

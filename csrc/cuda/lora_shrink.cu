@@ -164,7 +164,8 @@ __device__ void add_up_splits(const LoraParams& p, const float* partials, int sp
 }
 
 // Its input is complete when it begins: the base product, which has the same, lets it begin only
-// then (or at its own end), so that both run at once. Only the end waits, for those who come after.
+// then (or at its own end), so that both run at once. Its blocks end when their work does, which
+// makes room for expand's; but one waits, for those who come after.
 __global__ void __launch_bounds__(kThreads, 2)
     shrink_kernel(const __grid_constant__ LoraParams p, const __grid_constant__ Geometry geometry) {
   __shared__ float shared[kWarps * 16 * kItemRows];
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       add_up_splits(p, partials, splits, v, unit.num_rows, unit.module.rank);
     }
   }
-  wait_for_previous_kernel();
+  if (blockIdx.x == 0) wait_for_previous_kernel();
 }
 
 }  // namespace

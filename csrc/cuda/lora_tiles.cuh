@@ -22,6 +22,7 @@ constexpr unsigned kFullWarp = ~0u;
 struct Pages {
   const BFloat16* pool;
   const int32_t* pages;
+  int32_t first;  // of pages
   int64_t page_elements;
   uint64_t reciprocal;  // of tiles_per_page, times 2^40
   int tiles_per_page;
@@ -45,14 +46,18 @@ struct Module {
 };
 
 __device__ Pages find_pages(const LoraParams& p, const Geometry& geometry, int4 item) {
-  return {reinterpret_cast<const BFloat16*>(p.pool), p.pages + item.z, geometry.page_elements,
-          geometry.reciprocal, geometry.tiles_per_page};
+  return {reinterpret_cast<const BFloat16*>(p.pool),
+          p.pages + item.z,
+          item.w,
+          geometry.page_elements,
+          geometry.reciprocal,
+          geometry.tiles_per_page};
 }
 
 template <bool kIsExpand>
 __device__ Module find_module(const LoraParams& p, const Pages& pages, int m) {
   const int4* header =
-      reinterpret_cast<const int4*>(pages.pool + pages.pages[0] * pages.page_elements);
+      reinterpret_cast<const int4*>(pages.pool + pages.first * pages.page_elements);
   const int4 entry = __ldg(header + p.layer * p.num_modules + p.modules[m]);
   return {static_cast<uint32_t>(kIsExpand ? entry.y : entry.x), entry.z};
 }

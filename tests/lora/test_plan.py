@@ -22,8 +22,9 @@ def test_items_cover_each_row_once_with_its_adapters_pages(
     covered = [row for begin, end, _, _ in items for row in range(begin, end)]
     assert covered == list(range(num_rows))
     most = FINE_ITEM_ROWS if num_rows <= MAX_FINE_ROWS else ITEM_ROWS
-    for begin, end, first_page, _ in items:
+    for begin, end, first_page, header_page in items:
         segment = int(np.searchsorted(indptr, begin, side="right")) - 1
         assert end <= indptr[segment + 1] and end - begin <= most
         own = pages[first_page : first_page + num_pages[segment]]
+        assert header_page == own[0]
         assert own.tolist() == tables[segment, : num_pages[segment]].tolist()
