@@ -1,6 +1,9 @@
 """Host memory for weights on their way to another layout, which is given to one after the other.
 
-Most of the time of a load goes into pages that are touched for the first time.
+Most of the time of a load goes into pages that are touched for the first time. loraplex.lora has
+memory that is used again, too, but of a bounded number of regions for as long as the engine runs:
+that policy, with as few first touches, would keep 0.4 GiB for nobody while the head of Llama-3-8B
+is loaded, where this keeps nothing that is smaller.
 """
 
 from __future__ import annotations
