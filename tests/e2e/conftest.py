@@ -1,19 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
+import hub_server
 import pytest
 from adapter_stores import AdapterMaker
 from transformers import AutoTokenizer
 
-from loraplex.benchmarks.fake_hub import FakeHub
-from loraplex.benchmarks.faulty_server import FaultyServer
 from loraplex.benchmarks.synthetic_adapters import write_adapter
 from loraplex.benchmarks.synthetic_model import write_model
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.models.locate import locate_model
 from loraplex.engine.models.registry import lora_spec
+
+hub, server = hub_server.hub, hub_server.server
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -63,14 +63,3 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(model: Path, tmp_path: Path) -> AdapterMaker:
     return AdapterMaker(model, tmp_path / "adapters")
-
-
-@pytest.fixture
-def hub() -> FakeHub:
-    return FakeHub()
-
-
-@pytest.fixture
-def server(hub: FakeHub) -> Iterator[FaultyServer]:
-    with FaultyServer(hub) as server:
-        yield server

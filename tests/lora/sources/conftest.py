@@ -6,23 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import hub_server
 import pytest
 
-from loraplex.benchmarks.fake_hub import FakeHub
 from loraplex.benchmarks.faulty_server import FaultyServer
 from loraplex.lora.sources.fetcher import AdapterFetcher, SourceSettings
 
-
-@pytest.fixture
-def hub() -> FakeHub:
-    return FakeHub()
-
-
-@pytest.fixture
-def server(hub: FakeHub) -> Iterator[FaultyServer]:
-    """Serves `hub`."""
-    with FaultyServer(hub) as server:
-        yield server
+hub, server = hub_server.hub, hub_server.server
 
 
 @pytest.fixture
