@@ -19,10 +19,6 @@ QUANTIZATIONS = (
 )  # fmt: skip
 
 
-class LoraplexWarning(UserWarning):
-    """Something the user should look at, although the engine goes on."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(SourceSettings):
     """Settings of one engine. Never written after construction.
