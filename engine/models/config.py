@@ -55,6 +55,29 @@ def resolve_kv_dtype(requested: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float8_e4m3fn if requested == "fp8" else dtype
 
 
+def declared(config: Any, field: str) -> Any:
+    """The value of a field, or None if the architecture has no such field: its config.json may have
+    one all the same, which then means nothing."""
+    return getattr(config, field, None) if hasattr(type(config), field) else None
+
+
+def max_positions(config: Any) -> int:
+    """How long a request may be: as config.json says, or as YaRN makes of what it was trained for.
+
+    Raises ValueError if it says nothing.
+    """
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        raise ValueError(
+            f"architectures={config.architectures!r} of this model is not supported: its "
+            "config.json has no max_position_embeddings, as those of models with ALiBi"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "yarn":
+        positions = max(positions, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return positions
+
+
 def head_dim(config: Any) -> int:
     """Elements of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -23,7 +23,7 @@ from loraplex.engine.models.blocks import (
     activation,
     gated_activation,
 )
-from loraplex.engine.models.config import head_dim, num_kv_heads
+from loraplex.engine.models.config import declared, head_dim, num_kv_heads
 from loraplex.engine.models.layers import Linear, Module, Norm, RMSNorm, Table
 from loraplex.engine.models.rope import Rope, RotaryPositions, rope_cos_sin_cache
 from loraplex.engine.models.weights import NamedPlaces
@@ -51,6 +51,8 @@ class Decoder(Module, ABC):
     OTHER_PREFIXES: ClassVar[Mapping[str, str]] = {}
     # Likewise for what is amid them, from dot to dot.
     OTHER_PARTS: ClassVar[Mapping[str, str]] = {}
+    # Whether positions may be on a part of each head, by partial_rotary_factor.
+    TURNS_PARTS: ClassVar[bool] = False
     supports_graphs: ClassVar[bool] = True
     # The values that are honoured, for fields of the config where not all are.
     SUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -64,6 +66,12 @@ class Decoder(Module, ABC):
                     f"{name}={value!r} is not supported: it must be one of "
                     + ", ".join(map(repr, supported))
                 )
+        turned = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        if turned != 1.0 and not self.TURNS_PARTS:
+            raise ValueError(
+                f"partial_rotary_factor={turned} is not supported for {type(self).__name__}: it "
+                "must be 1"
+            )
         self.config = config
         self.dtype = dtype
         self.max_model_len = max_model_len
@@ -204,8 +212,8 @@ class Decoder(Module, ABC):
 
     def window(self, index: int) -> int | None:
         """The sliding window of a layer, by the config's layer_types if it has them."""
-        window: int | None = getattr(self.config, "sliding_window", None)
-        types = getattr(self.config, "layer_types", None)
+        window: int | None = declared(self.config, "sliding_window")
+        types = declared(self.config, "layer_types")
         if types is None or types[index] == "sliding_attention":
             return window
         if types[index] == "full_attention":
@@ -241,18 +249,22 @@ class Decoder(Module, ABC):
         for old, new in self.OTHER_PREFIXES.items():
             if name.startswith(old):
                 return new + name.removeprefix(old)
+        # The body's prefix is missing where it was saved without the head.
+        body = self.LAYERS.rpartition(".")[0] + "."
+        for part in (self.LAYERS, self.EMBEDDING, self.FINAL_NORM):
+            if name.startswith(part.removeprefix(body) + "."):
+                return body + name
         for old, new in self.OTHER_PARTS.items():
             name = name.replace(old, new)
         return name
 
     def is_ignored(self, name: str) -> bool:
         """Whether a checkpoint tensor without a place is left out knowingly."""
-        is_copy = self.is_tied and name == f"{self.HEAD}.weight"
-        return (
-            is_copy
-            or name.endswith(self.IGNORED_SUFFIXES)
-            or name.startswith(self.IGNORED_PREFIXES)
-        )
+        return name.endswith(self.IGNORED_SUFFIXES) or name.startswith(self.IGNORED_PREFIXES)
+
+    def copies(self) -> dict[str, Tensor]:
+        """By name, checkpoint tensors that may be there once more, and what they must be like."""
+        return {f"{self.HEAD}.weight": self.embedding} if self.is_tied else {}
 
     def finish_loading(self) -> None:
         if self.is_tied:

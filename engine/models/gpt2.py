@@ -27,8 +27,7 @@ class GPT2LMHeadModel(Decoder):
     EMBEDDING = "transformer.wte"
     FINAL_NORM = "transformer.ln_f"
     IGNORED_SUFFIXES = (".attn.bias", ".attn.masked_bias")
-    # The hub's files are of the model without its head.
-    OTHER_PREFIXES = {"h.": "transformer.h.", "w": "transformer.w", "ln_f.": "transformer.ln_f."}
+    OTHER_PREFIXES = {"wpe.": "transformer.wpe."}
     QKV = ("c_attn",)
     OUT = "c_proj"
     SUPPORTED = {

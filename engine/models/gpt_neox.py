@@ -26,6 +26,7 @@ class GPTNeoXForCausalLM(Decoder):
     OTHER_PREFIXES = {"embed_out.": "lm_head."}
     QKV = ("query_key_value",)
     OUT = "dense"
+    TURNS_PARTS = True
 
     def make_layer(self, index: int, prefix: str) -> Layer:
         hidden = self.config.hidden_size

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from loraplex.engine.models.blocks import FeedForward, HeadSplit, Layer, PreNormLayer
 from loraplex.engine.models.decoder import Decoder
-from loraplex.engine.models.rope import Rope, no_positions
+from loraplex.engine.models.rope import (
+    Rope,
+    ScaledRotaryPositions,
+    no_positions,
+    rope_cos_sin_cache,
+)
 
 
 class LlamaForCausalLM(Decoder):
@@ -26,6 +33,20 @@ class LlamaForCausalLM(Decoder):
 
 class MistralForCausalLM(LlamaForCausalLM):
     """Llama; some have a sliding window."""
+
+
+class Ministral3ForCausalLM(MistralForCausalLM):
+    """Mistral whose attention scores grow with the position, if the config says so."""
+
+    def make_rope(self) -> Rope:
+        parameters = self.config.rope_parameters
+        beta = parameters.get("llama_4_scaling_beta")
+        if beta is None:
+            return super().make_rope()
+        table = rope_cos_sin_cache(self.config, self.max_model_len)
+        spans = torch.arange(len(table)) // parameters["original_max_position_embeddings"]
+        scales = 1 + beta * (1 + spans).log()
+        return ScaledRotaryPositions(table, scales.to(self.dtype))
 
 
 class Qwen2ForCausalLM(LlamaForCausalLM):

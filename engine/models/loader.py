@@ -4,7 +4,7 @@ tensor."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +40,7 @@ class LoadableModel(Protocol):
     def units(self) -> Iterable[Unit]: ...
     def current_name(self, name: str) -> str: ...
     def is_ignored(self, name: str) -> bool: ...
+    def copies(self) -> Mapping[str, torch.Tensor]: ...
     def finish_loading(self) -> None: ...
 
 
@@ -78,6 +79,7 @@ def load_weights(model: LoadableModel, path: Path, shard: Shard = WHOLE) -> None
             shown.update(len(tensors))
             _fill(tensors, shard, sections)
             unit.finish_loading()
+    copies = [(*stored.pop(n), like) for n, like in model.copies().items() if n in stored]
     leftover += [
         name
         for current_name, (name, tensor) in stored.items()
@@ -87,6 +89,12 @@ def load_weights(model: LoadableModel, path: Path, shard: Shard = WHOLE) -> None
         raise ValueError(f"the checkpoint has tensors that the model lacks: {_some(leftover)}")
     if missing:
         raise ValueError(f"the checkpoint lacks tensors of the model: {_some(missing)}")
+    for name, tensor, loaded in copies:
+        if not torch.equal(take_share(tensor.read(), loaded.shape, shard).to(loaded), loaded):
+            raise ValueError(
+                f"tensor {name!r} of the checkpoint differs from the embedding, where config.json "
+                "says tie_word_embeddings=true: set that to false to have it"
+            )
     model.finish_loading()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.gemma import Gemma3ForCausalLM
-from loraplex.engine.models.llama import MistralForCausalLM
+from loraplex.engine.models.llama import Ministral3ForCausalLM
 
 
 class _TextPart(Decoder):
@@ -27,5 +27,7 @@ class Gemma3ForConditionalGeneration(_TextPart, Gemma3ForCausalLM):
     """Gemma 3 of 4B and more: text only."""
 
 
-class Mistral3ForConditionalGeneration(_TextPart, MistralForCausalLM):
-    """Mistral Small 3.1 and later: text only."""
+class Mistral3ForConditionalGeneration(_TextPart, Ministral3ForCausalLM):
+    """Mistral Small 3.1 and later, and Ministral 3: text only."""
+
+    SUPPORTED = {"model_type": ("mistral", "ministral3")}

@@ -15,6 +15,7 @@ class PhiForCausalLM(Decoder):
     FINAL_NORM = "model.final_layernorm"
     OUT = "dense"
     has_qkv_bias = True
+    TURNS_PARTS = True
 
     def make_layer(self, index: int, prefix: str) -> Layer:
         return ParallelLayer(
@@ -42,3 +43,4 @@ class Phi3ForCausalLM(LlamaForCausalLM):
 
     QKV = ("qkv_proj",)
     GATE_UP = ("gate_up_proj",)
+    TURNS_PARTS = True

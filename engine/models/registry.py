@@ -23,6 +23,7 @@ from loraplex.engine.models.granite import GraniteForCausalLM
 from loraplex.engine.models.layers import ExpertLinears, Linear
 from loraplex.engine.models.llama import (
     LlamaForCausalLM,
+    Ministral3ForCausalLM,
     MistralForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
@@ -67,6 +68,7 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     for architecture in (
         LlamaForCausalLM,
         MistralForCausalLM,
+        Ministral3ForCausalLM,
         Qwen2ForCausalLM,
         Qwen3ForCausalLM,
         SmolLM3ForCausalLM,

@@ -42,6 +42,19 @@ class InterleavedRotaryPositions(RotaryPositions):
         ops.apply_interleaved_rope(positions, q, k, self.cos_sin_cache)
 
 
+class ScaledRotaryPositions(RotaryPositions):
+    """q is also multiplied by a factor of its position."""
+
+    def __init__(self, cos_sin_cache: Tensor, scales: Tensor) -> None:
+        """scales: [max_position], of the model's dtype."""
+        super().__init__(cos_sin_cache)
+        self.scales = scales
+
+    def __call__(self, positions: Tensor, q: Tensor, k: Tensor) -> None:
+        super().__call__(positions, q, k)
+        q.mul_(self.scales[positions][:, None, None])
+
+
 def no_positions(positions: Tensor, q: Tensor, k: Tensor) -> None:
     """For layers that see the order of tokens by the causal mask alone."""
 

@@ -19,6 +19,7 @@ class StableLmForCausalLM(Decoder):
     and v, norms on their heads, or attention and MLP beside each other behind one norm."""
 
     has_out_bias = False
+    TURNS_PARTS = True
 
     def make_layer(self, index: int, prefix: str) -> Layer:
         hidden = self.config.hidden_size

@@ -16,7 +16,12 @@ from loraplex.attention.metadata import AttentionShape
 from loraplex.engine.config import GIB, EngineConfig
 from loraplex.engine.messages import ModelInfo
 from loraplex.engine.models.cache import cache_root
-from loraplex.engine.models.config import read_model_config, resolve_dtype, resolve_kv_dtype
+from loraplex.engine.models.config import (
+    max_positions,
+    read_model_config,
+    resolve_dtype,
+    resolve_kv_dtype,
+)
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.locate import locate_model, locate_tokenizer, model_name
 from loraplex.engine.models.registry import (
@@ -257,7 +262,7 @@ def _specs(
 
 
 def _resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:
-    trained_len: int = hf_config.max_position_embeddings
+    trained_len = max_positions(hf_config)
     max_model_len = config.max_model_len or trained_len
     if max_model_len > trained_len:
         raise ValueError(

@@ -42,6 +42,10 @@ LONG_ROPE = {
     "short_factor": [1.0 + 0.01 * i for i in range(30)],
     "long_factor": [1.0 + 0.2 * i for i in range(30)],
 }  # fmt: skip
+MINISTRAL3_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.3,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "Llama 2": {"model_type": "llama"},
     "Llama 3": {
@@ -50,6 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "Mistral": {"model_type": "mistral", "sliding_window": None},
     "Mistral, sliding window": {"model_type": "mistral", "sliding_window": 13},
+    "Ministral 3": {"model_type": "ministral3", "rope_parameters": MINISTRAL3_ROPE},
     "Qwen2": {"model_type": "qwen2", "head_dim": None, "hidden_size": 240},
     "Qwen2, sliding window": {
         "model_type": "qwen2", "head_dim": None, "hidden_size": 288, "num_key_value_heads": 3,
@@ -192,6 +197,10 @@ CASES |= {
         "mistral3", {"model_type": "mistral", "sliding_window": None},
         tie_word_embeddings=False,
     ),
+    "Ministral 3 with images": _with_vision(
+        "mistral3", {"model_type": "ministral3", "rope_parameters": MINISTRAL3_ROPE},
+        tie_word_embeddings=False,
+    ),
 }  # fmt: skip
 # Served by transformers' implementations.
 FALLBACK_CASES: dict[str, dict[str, Any]] = {
@@ -222,7 +231,7 @@ OTHER_MODEL_TYPES = (
     "apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere2_moe", "ctrl", "cwm", "ernie4_5",
     "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm", "glm4_moe", "glm4_moe_lite", "gpt_bigcode",
     "gptj", "granitemoe", "granitemoeshared", "hyperclovax", "jais2", "laguna", "mellum",
-    "minimax_m2", "ministral3", "nanochat", "persimmon", "phimoe", "qwen2_moe", "vaultgemma",
+    "minimax_m2", "nanochat", "persimmon", "phimoe", "qwen2_moe", "vaultgemma",
 )  # fmt: skip
 
 

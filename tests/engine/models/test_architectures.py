@@ -50,6 +50,7 @@ def test_other_models_of_transformers_equal_it(model_type: str, tmp_path: Path, 
     ("case", "rename"),
     [
         ("GPT-2", lambda name: name.removeprefix("transformer.")),
+        ("Llama 3", lambda name: name.removeprefix("model.")),
         ("GPT-NeoX", lambda name: name.replace("lm_head", "embed_out")),
         (
             "Gemma 3 with images",

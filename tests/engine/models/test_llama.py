@@ -9,14 +9,19 @@ import pytest
 import torch
 from attention_shapes import make_shape
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import BloomConfig, LlamaConfig
 from transformers import LlamaForCausalLM as Reference
 
 from loraplex.attention.backend import get_backend
 from loraplex.attention.metadata import AttentionMetadata
 from loraplex.benchmarks.synthetic_model import QUANTISED
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.models.config import head_dim, read_model_config, resolve_dtype
+from loraplex.engine.models.config import (
+    head_dim,
+    max_positions,
+    read_model_config,
+    resolve_dtype,
+)
 from loraplex.engine.models.registry import base_model_spec, build_model, kv_block_shape
 from loraplex.engine.runner.model_runner import DeviceBatch
 
@@ -108,6 +113,11 @@ def test_logits_equal_transformers(shape, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def change_config(path: Path, **fields) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | fields))
+
+
 def change_tensors(path: Path, change) -> None:
     """Rewrite the one shard of a model."""
     tensors = load_file(path / "model.safetensors")
@@ -158,13 +168,32 @@ def test_unreadable_checkpoints_are_refused(one_shard):
         ("hidden_act", "tanh", "hidden_act='tanh' .* one of gelu"),
         ("architectures", ["LlamaModel"], "LlamaModel.*is a LlamaForCausalLM"),
         ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "dynamic"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor=0.5 .* LlamaForCausalLM"),
+        ("tie_word_embeddings", True, "'lm_head.weight' .* differs .* tie_word_embeddings=true"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(one_shard, field, value, message):
-    config = json.loads((one_shard / "config.json").read_text())
-    (one_shard / "config.json").write_text(json.dumps({**config, field: value}))
+    change_config(one_shard, **{field: value})
     with pytest.raises(ValueError, match=message):
         load(one_shard)
+
+
+def test_fields_that_mean_nothing_to_an_architecture_change_nothing(one_shard):
+    change_config(one_shard, sliding_window=5, layer_types=["sliding_attention"] * 3)
+    model, _ = load(one_shard)
+    assert model.windows == (None,)
+
+
+def test_yarn_serves_more_positions_than_the_model_was_trained_for(one_shard):
+    hf_config = read_model_config(one_shard)
+    assert max_positions(hf_config) == 128
+    hf_config.rope_parameters |= SHAPES["yarn rope"]["rope_parameters"]
+    assert max_positions(hf_config) == 128
+    hf_config.rope_parameters["original_max_position_embeddings"] = 128
+    assert max_positions(hf_config) == 512
+    bloom = BloomConfig(architectures=["BloomForCausalLM"])
+    with pytest.raises(ValueError, match="BloomForCausalLM.*no max_position_embeddings.*ALiBi"):
+        max_positions(bloom)
 
 
 def test_what_adapters_may_target(one_shard):
