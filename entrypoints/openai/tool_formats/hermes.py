@@ -8,7 +8,6 @@ from typing import Any
 from loraplex.entrypoints.openai.tool_formats.base import Content, Event, Tool
 from loraplex.entrypoints.openai.tool_formats.json_call import (
     JsonCallReader,
-    NotACall,
     call_tags,
     calls_only,
 )
@@ -45,7 +44,7 @@ class HermesParser:
             if self._after is not None:
                 _, found, text = self._after.push(text)
                 if found:
-                    self._after, self._before = None, TextUntil(BEGIN)
+                    self._after = None
             elif self._call is not None:
                 found_events, text = self._push_to_call(self._call, text)
                 events += found_events
@@ -63,21 +62,16 @@ class HermesParser:
 
     def _push_to_call(self, call: JsonCallReader, text: str) -> tuple[list[Event], str]:
         """What a part of the text gives, and the rest of it."""
-        events: list[Event] = []
-        for index, character in enumerate(text):
-            try:
-                events += call.push(character)
-            except NotACall:
-                self._call, self._before = None, TextUntil(BEGIN)
-                if call.has_begun:
-                    self._after = TextUntil(END)
-                    return events, text[index + 1 :]
-                return [*events, Content(BEGIN + call.text)], text[index + 1 :]
+        events, text = call.push(text)
+        if call.is_done or call.is_refused:
+            self._call = None
             if call.is_done:
                 self._blanks = ""
-                self._call, self._after = None, TextUntil(END)
-                return events, text[index + 1 :]
-        return events, ""
+            if call.has_begun:
+                self._after = TextUntil(END)
+            else:
+                events.append(Content(BEGIN + call.text))
+        return events, text
 
     def _content(self, text: str) -> list[Event]:
         if self._blanks is not None:

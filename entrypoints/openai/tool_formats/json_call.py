@@ -1,4 +1,4 @@
-"""Reads {"name": ..., "arguments": {...}} character by character, as most formats write calls."""
+"""Reads {"name": ..., "arguments": {...}} in pieces of any size, as most formats write calls."""
 
 from __future__ import annotations
 
@@ -53,6 +53,14 @@ class JsonValueReader:
         self._has_begun = True
         return True
 
+    def take(self, text: str) -> tuple[str, str]:
+        """(the part of the text that belongs to an object or list, the text after it)"""
+        for index, character in enumerate(text):
+            self.push(character)
+            if self.is_done:
+                return text[: index + 1], text[index + 1 :]
+        return text, ""
+
 
 class JsonCallReader:
     """One call. Arguments are passed on as they come, once the name is known."""
@@ -61,6 +69,8 @@ class JsonCallReader:
         self.text = ""
         """All of it so far."""
         self.is_done = False
+        self.is_refused = False
+        """Whether it turned out to be no call of a known tool."""
         self.has_begun = False
         """Whether the call was told."""
         self._tool_names = tool_names
@@ -72,9 +82,20 @@ class JsonCallReader:
         """Those that came before the name."""
         self._name: str | None = None
 
-    def push(self, character: str) -> list[Event]:
-        """Take in a character before `is_done`. Raises NotACall."""
-        self.text += character
+    def push(self, text: str) -> tuple[list[Event], str]:
+        """What the text gives, and what is left of it when the call is done or refused."""
+        events: list[Event] = []
+        for index, character in enumerate(text):
+            self.text += character
+            try:
+                events += self._push(character)
+            except NotACall:
+                self.is_refused = True
+            if self.is_done or self.is_refused:
+                return events, text[index + 1 :]
+        return events, ""
+
+    def _push(self, character: str) -> list[Event]:
         match self._place:
             case "before the object":
                 self._expect(character, "{", "before a key")

@@ -9,7 +9,6 @@ from typing import Any
 from loraplex.entrypoints.openai.tool_formats.base import Content, Event, Tool
 from loraplex.entrypoints.openai.tool_formats.json_call import (
     JsonCallReader,
-    NotACall,
     call_tags,
     calls_only,
 )
@@ -46,21 +45,21 @@ class JsonCallsParser:
 
     def push(self, text: str) -> list[Event]:
         events: list[Event] = []
-        for index, character in enumerate(text):
+        while text:
             if self._is_content:
-                return [*events, Content(text[index:])]
+                return [*events, Content(text)]
             if self._call is None:
-                if character in self._separators:
-                    if self._between is not None:
-                        self._between += character
-                    continue
-                self._call = JsonCallReader(self._tool_names)
-            try:
-                events += self._call.push(character)
-            except NotACall:
+                call_text = text.lstrip(self._separators)
+                if self._between is not None:
+                    self._between += text.removesuffix(call_text)
+                if not call_text:
+                    break
+                self._call, text = JsonCallReader(self._tool_names), call_text
+            found, text = self._call.push(text)
+            events += found
+            if self._call.is_refused:
                 events += self._give_up(self._call)
-                continue
-            if self._call.is_done:
+            elif self._call.is_done:
                 self._call, self._between = None, None
         return events
 

@@ -89,23 +89,24 @@ class NamedCallsParser:
 
     def push(self, text: str) -> list[Event]:
         events: list[Event] = []
-        for index, character in enumerate(text):
+        while text:
             if self._is_content:
-                return [*events, Content(text[index:])]
+                return [*events, Content(text)]
             if self._arguments is None:
-                if character != "{":
-                    self._name += character
-                    continue
+                name, brace, arguments = text.partition("{")
+                self._name += name
+                if not brace:
+                    break
+                text = brace + arguments
                 name = self._name.removeprefix(BEGIN).strip().removesuffix(ARGUMENTS).strip()
                 if name not in self._tool_names:
                     self._is_content = True
-                    events.append(Content(self._name + character))
-                    self._name = ""
+                    events += self.finish()
                     continue
                 self._name, self._arguments = "", JsonValueReader()
                 events.append(CallBegin(name))
-            self._arguments.push(character)
-            events.append(CallArguments(character))
+            taken, text = self._arguments.take(text)
+            events.append(CallArguments(taken))
             if self._arguments.is_done:
                 self._arguments = None
         return events
