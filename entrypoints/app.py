@@ -52,9 +52,9 @@ def build_app(
     app.state.adapter_places = AdapterPlaces(config.allow_runtime_lora or ())
     for module in modules:
         app.include_router(module.router)
-    # Each by name: what only Exception's handler knows is logged as a crash.
+    # Each by name: Exception's handler would be for crashes, which are logged as such, too.
     for kind in (ApiError, EngineDeadError, IncompleteGeneration, ValueError, HTTPException,
-                 RequestValidationError, Exception):  # fmt: skip
+                 RequestValidationError):  # fmt: skip
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(
         Gate,

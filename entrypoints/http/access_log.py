@@ -62,6 +62,11 @@ class Visit:
         is_fit = given.isascii() and given.isprintable() and len(given) <= MAX_REQUEST_ID_LENGTH
         self.request_id = given if given and is_fit else uuid.uuid4().hex
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has been sent anything."""
+        return self._status != 0
+
     async def send(self, message: Message) -> None:
         """Passes on to the client, with the request's id."""
         if message["type"] == "http.response.start":

@@ -61,7 +61,22 @@ class IncompleteGeneration(RuntimeError):
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """The error as the client gets to see it; one that nobody foresaw is logged."""
+    """The error as the client gets to see it; one that nobody foresaw is logged. So this is for
+    answers: `status_of` tells the rest."""
+    foreseen = _foreseen(error)
+    if foreseen is not None:
+        return foreseen
+    logger.error("A request failed.", exc_info=error)
+    return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
+def status_of(error: Exception) -> int:
+    """Of the answer that the client gets."""
+    foreseen = _foreseen(error)
+    return 500 if foreseen is None else foreseen.status
+
+
+def _foreseen(error: Exception) -> ApiError | None:
     match error:
         case ApiError():
             return error
@@ -81,8 +96,7 @@ def to_api_error(error: Exception) -> ApiError:
             return api_error
         case ValueError():
             return _from_value_error(error, 400)
-    logger.error("A request failed.", exc_info=error)
-    return ApiError(500, "internal error; the server's log says more", code="internal_error")
+    return None
 
 
 def to_lorax_error(error: Exception) -> LoraxError:

@@ -55,9 +55,11 @@ class Gate:
             current_visit.set(visit)
             with visit.caller.admitted() if visit.caller else nullcontext():
                 await self._app(scope, self._limited(receive), visit.send)
-        except ApiError as error:
+        except Exception as error:
+            if visit.has_begun:
+                raise
             response = self._error_response(scope["path"], error)
-            if error.status == 401:
+            if isinstance(error, ApiError) and error.status == 401:
                 response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, visit.send)
         finally:

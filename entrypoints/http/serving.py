@@ -24,7 +24,7 @@ from loraplex.engine.outputs import Logprob, RequestOutput
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.tokenizer import Tokenizer
 from loraplex.entrypoints.http.access_log import Visit, current_visit
-from loraplex.entrypoints.http.errors import ApiError, to_api_error
+from loraplex.entrypoints.http.errors import ApiError, status_of
 from loraplex.entrypoints.http.limits import Limits
 from loraplex.entrypoints.http.metrics import ServerMetrics
 from loraplex.entrypoints.http.model_registry import ModelRegistry
@@ -165,7 +165,7 @@ class Serving:
                 async for output in outputs:
                     yield output
         except Exception as error:
-            self.metrics.request_failed(to_api_error(error).status)
+            self.metrics.request_failed(status_of(error))
             raise
         except BaseException:
             self.metrics.request_ended(output)

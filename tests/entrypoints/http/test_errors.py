@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import httpx
 import openai
 import pytest
+
+from loraplex.entrypoints.app import build_app
+from loraplex.entrypoints.http.metrics import ServerMetrics
+from loraplex.entrypoints.http.model_registry import ModelRegistry
+from loraplex.entrypoints.http.server_config import ServerConfig
+from loraplex.entrypoints.http.serving import Serving
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "fake", "prompt": "hi"}
@@ -211,3 +219,40 @@ def test_a_body_that_is_no_json_object(server, body, content_type, words):
     assert response.status_code == 400
     assert words in error_of(response)["message"]
     assert ("Content-Type" in error_of(response)["message"]) == (content_type == "text/plain")
+
+
+class BrokenEngine:
+    """Fails in a way that nobody foresaw."""
+
+    tokenizer = None
+    model_info = SimpleNamespace(max_model_len=100, default_sampling={})
+
+    async def generate(self, *args, **options):
+        raise KeyError("a mistake of ours")
+        yield
+
+    async def stats(self):
+        raise KeyError("a mistake of ours")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "fake", "prompt": [1, 2]}),
+        ("/v1/completions", {"model": "fake", "prompt": [[1], [2]]}),
+        ("/v1/completions", {"model": "fake", "prompt": [1, 2], "stream": True}),
+        ("/v1/embeddings", {"model": "fake", "input": [1, 2]}),
+        ("/metrics", None),
+    ],
+)
+async def test_what_nobody_foresaw_is_logged_once(path, body, caplog):
+    serving = Serving(BrokenEngine(), ModelRegistry(["fake"], "", 100), ServerMetrics())
+    app = build_app(serving, ServerConfig(), keys=None)
+    # What the application raises would be logged by the server, too.
+    transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        response = await client.request("GET" if body is None else "POST", path, json=body)
+    assert response.status_code == 500
+    assert error_of(response)["code"] == "internal_error"
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.exc_info[0] for record in errors] == [KeyError]
