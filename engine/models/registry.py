@@ -115,7 +115,8 @@ def build_model(
     architecture = model_class(hf_config)
     if architecture is None:
         return load_fallback(path, hf_config, dtype, device, config.load_format == "dummy")
-    method = find_method(config.quantization, hf_config, shard.count)
+    names = architecture.OTHER_PREFIXES
+    method = find_method(config.quantization, hf_config, shard.count, names)
     with device:
         model = architecture(hf_config, dtype, max_model_len)
     if method is not None:

@@ -26,7 +26,8 @@ class Awq:
     def __init__(self, config: dict[str, Any]) -> None:
         check_setting(config, "bits", (4,), 4)
         self._group_size = check_group_size(config)
-        check_setting(config, "version", ("gemm", "GEMM"), "gemm")
+        for field in ("version", "format", "checkpoint_format"):
+            check_setting(config, field, ("gemm", "GEMM"), "gemm")
         check_setting(config, "zero_point", (True,), True)
         self._skipped = SkippedModules(
             ["lm_head", *(config.get("modules_to_not_convert") or ())],

@@ -21,6 +21,7 @@ from loraplex.engine.models.quantization.settings import (
     SkippedModules,
     check_divisible,
     check_setting,
+    unsupported,
 )
 from loraplex.engine.models.quantization.weight import Part
 from loraplex.engine.models.weights import NamedPlaces
@@ -36,13 +37,21 @@ class CompressedTensors:
     def __init__(self, config: dict[str, Any]) -> None:
         check_setting(config.get("sparsity_config") or {}, "format", ("dense",), "dense")
         check_setting(config, "kv_cache_scheme", (None,), None)
+        rotations = config.get("transform_config") or {}
+        if rotations.get("config_groups"):
+            raise unsupported("transform_config", rotations, "absent")
         self._ignored = SkippedModules(config.get("ignore") or ())
         self._groups: list[tuple[SkippedModules, ModuleSettings]] = []
+        of_class: list[tuple[SkippedModules, ModuleSettings]] = []
         for group in config["config_groups"].values():
-            targets = ["re:" if name == CLASS_OF_MODULES else name for name in group["targets"]]
-            if group.get("weights") is not None:
-                settings = ModuleSettings(group, group.get("format") or config.get("format"))
-                self._groups.append((SkippedModules(targets), settings))
+            if group.get("weights") is None:
+                continue
+            settings = ModuleSettings(group, group.get("format") or config.get("format"))
+            self._groups.append((SkippedModules(group["targets"]), settings))
+            if CLASS_OF_MODULES in group["targets"]:
+                of_class.append((SkippedModules(["re:"]), settings))
+        # Names count more than the class.
+        self._groups += of_class
 
     def part(
         self, module: str, out_features: int, in_features: int, like: torch.Tensor

@@ -27,7 +27,11 @@ class Fp8:
     def __init__(self, config: dict[str, Any]) -> None:
         check_setting(config, "fmt", ("e4m3",), "e4m3")
         scheme = check_setting(config, "activation_scheme", ("dynamic", "static"), "dynamic")
-        self._unused = ("input_scale",) if scheme == "static" else ()
+        # transformers writes this field, and has names of its own.
+        is_of_transformers = "weight_block_size" in config
+        self._scale = "weight_scale_inv" if is_of_transformers else "weight_scale"
+        unused = "activation_scale" if is_of_transformers else "input_scale"
+        self._unused = (unused,) if scheme == "static" else ()
         self._block = _block_size(config)
         skipped = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
         self._skipped = SkippedModules(["lm_head", *skipped])
@@ -39,14 +43,11 @@ class Fp8:
             return None
         sizes = out_features, in_features
         if self._block is None:
-            scale = "weight_scale", ()
-            return EightBitPart(FLOAT8, sizes, scale, like, unused=self._unused)
+            return EightBitPart(FLOAT8, sizes, (self._scale, ()), like, unused=self._unused)
         rows, columns = self._block
         check_divisible(module, "inputs", in_features, columns)
         shape = -(-out_features // rows), in_features // columns
-        return EightBitPart(
-            FLOAT8, sizes, ("weight_scale_inv", shape), like, self._block, self._unused
-        )
+        return EightBitPart(FLOAT8, sizes, (self._scale, shape), like, self._block, self._unused)
 
 
 class FbgemmFp8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from loraplex.engine.models.quantization.settings import (
     check_divisible,
     check_group_size,
     check_setting,
-    unsupported,
 )
 from loraplex.engine.models.weights import NamedPlaces
 
@@ -27,31 +27,46 @@ class Gptq:
     (sym, desc_act) shows in the tensors themselves."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self._bits = check_setting(config, "bits", (4, 8), None)
-        self._group_size = check_group_size(config)
         check_setting(config, "pack_dtype", ("int32",), "int32")
-        version = check_setting(config, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+        field = "checkpoint_format" if "checkpoint_format" in config else "format"
+        version = check_setting(config, field, ("gptq", "gptq_v2"), "gptq")
         # The first version stores zero points less one.
         self._zero_shift = 1 if version == "gptq" else 0
-        for field in ("dynamic", "lm_head"):
-            if config.get(field):
-                raise unsupported(field, config[field], "absent")
-        self._skipped = SkippedModules(
-            ["lm_head", *(config.get("modules_in_block_to_not_quantize") or ())]
-        )
+        skipped = list(config.get("modules_in_block_to_not_quantize") or ())
+        if not config.get("lm_head"):
+            skipped.append("lm_head")
+        self._skipped = SkippedModules(skipped)
+        # GPTQModel's: what is different for modules by patterns of their names; the first counts.
+        dynamic: dict[str, Any] = config.get("dynamic") or {}
+        self._settings = [
+            (
+                pattern.removeprefix("+:").removeprefix("-:"),
+                None if pattern.startswith("-:") else _bits_and_group_size({**config, **changes}),
+            )
+            for pattern, changes in dynamic.items()
+        ]
+        self._settings.append(("", _bits_and_group_size(config)))
 
     def part(
         self, module: str, out_features: int, in_features: int, like: torch.Tensor
     ) -> GptqPart | None:
         if module in self._skipped:
             return None
-        group_size = in_features if self._group_size == -1 else self._group_size
+        settings = next(values for pattern, values in self._settings if re.match(pattern, module))
+        if settings is None:
+            return None
+        bits, group_size = settings
+        group_size = in_features if group_size == -1 else group_size
         check_divisible(module, "inputs", in_features, group_size)
-        check_divisible(module, "inputs", in_features, 32 // self._bits)
-        check_divisible(module, "outputs", out_features, 32 // self._bits)
+        check_divisible(module, "inputs", in_features, 32 // bits)
+        check_divisible(module, "outputs", out_features, 32 // bits)
         num_groups = in_features // group_size
         sizes = out_features, in_features, num_groups
-        return GptqPart(module, sizes, self._bits, self._zero_shift, like)
+        return GptqPart(module, sizes, bits, self._zero_shift, like)
+
+
+def _bits_and_group_size(config: dict[str, Any]) -> tuple[int, int]:
+    return check_setting(config, "bits", (4, 8), None), check_group_size(config)
 
 
 class GptqPart:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from loraplex.engine.models.quantization.compressed_tensors import CompressedTen
 from loraplex.engine.models.quantization.fp8 import FbgemmFp8, Fp8, Fp8OnLoad
 from loraplex.engine.models.quantization.gguf import Gguf
 from loraplex.engine.models.quantization.gptq import Gptq
-from loraplex.engine.models.quantization.settings import unsupported
+from loraplex.engine.models.quantization.settings import unsupported, with_current_names
 from loraplex.engine.models.quantization.weight import DensePart, Method, Part, QuantisedWeight
 from loraplex.engine.models.weights import DenseWeight
 
@@ -38,8 +39,15 @@ ON_LOAD_METHODS: dict[str, Callable[[], Method]] = {
 }
 
 
-def find_method(requested: str | None, hf_config: Any, num_shards: int = 1) -> Method | None:
+def find_method(
+    requested: str | None,
+    hf_config: Any,
+    num_shards: int = 1,
+    other_prefixes: Mapping[str, str] = MappingProxyType({}),
+) -> Method | None:
     """The method that the checkpoint, or the option `quantization`, asks for.
+
+    other_prefixes: what modules' names begin with in older checkpoints, and in the model.
 
     Raises ValueError for a method or setting that is not supported, or can't be divided into so
     many shares, and if both disagree.
@@ -59,7 +67,7 @@ def find_method(requested: str | None, hf_config: Any, num_shards: int = 1) -> M
             f"tensor_parallel_size={num_shards} is not supported for checkpoints that bitsandbytes "
             "wrote in 4 bits: have it quantise a plain one on load"
         )
-    return CHECKPOINT_METHODS[name](config)
+    return CHECKPOINT_METHODS[name](with_current_names(config, other_prefixes))
 
 
 def _on_load(requested: str) -> Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -36,6 +36,21 @@ def check_divisible(module: str, what: str, size: int, divisor: int) -> None:
             f"{module} of this model has {size} {what}, which is no multiple of {divisor}, as its "
             "quantization_config wants"
         )
+
+
+def with_current_names(value: Any, other_prefixes: Mapping[str, str]) -> Any:
+    """A quantization_config, or a part of one, in which modules and patterns that begin as in older
+    checkpoints begin as in the model. other_prefixes: see Decoder.OTHER_PREFIXES."""
+    if isinstance(value, dict):
+        return {name: with_current_names(part, other_prefixes) for name, part in value.items()}
+    if isinstance(value, list):
+        return [with_current_names(part, other_prefixes) for part in value]
+    if isinstance(value, str):
+        pattern, name = ("re:", value[3:]) if value.startswith("re:") else ("", value)
+        for old, new in other_prefixes.items():
+            if f"{name}.".startswith(old):
+                return pattern + f"{new}{f'{name}.'.removeprefix(old)}".removesuffix(".")
+    return value
 
 
 class SkippedModules:

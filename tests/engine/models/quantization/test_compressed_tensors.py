@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from quantised_models import check_mixed_batch, check_products, write_quantised
 from quantisers import compressed_integers, fp8_per_row, int8_per_row
 
-from loraplex.engine.models.quantization.compressed_tensors import CompressedTensors
+from loraplex.engine.models.quantization.compressed_tensors import CompressedTensors, PackedPart
+from loraplex.engine.models.quantization.eight_bits import EightBitPart
+from loraplex.engine.models.quantization.settings import with_current_names
 
 
 def make_config(storage: str, activations=None, **weights) -> dict:
@@ -67,6 +70,27 @@ def test_groups_of_modules_have_settings_of_their_own(tmp_path):
     check_mixed_batch(*write_quantised(tmp_path, quantise, config), tmp_path)
 
 
+def test_names_of_modules_count_more_than_their_class():
+    (config, _), (other, _) = KINDS["float8"], KINDS["int4"]
+    names = {"targets": ["re:.*down_proj", "model.layers.1.self_attn.q_proj"]}
+    of_names = other["config_groups"]["group_0"] | names | {"format": "pack-quantized"}
+    # Modules may be named as in older checkpoints.
+    config = config | {"ignore": ["embed_out", "re:gpt_neox"]}
+    config["config_groups"] = config["config_groups"] | {"names": of_names}
+    method = CompressedTensors(
+        with_current_names(config, {"embed_out.": "lm_head.", "gpt_neox.": "model.layers.0."})
+    )
+    like = torch.empty(0)
+    kinds = [
+        type(method.part(module, 64, 64, like))
+        for module in (
+            "lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj",
+            "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj",
+        )
+    ]  # fmt: skip
+    assert kinds == [type(None), type(None), EightBitPart, PackedPart, PackedPart]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -78,6 +102,11 @@ def test_groups_of_modules_have_settings_of_their_own(tmp_path):
         (
             make_config("int-quantized", num_bits=8) | {"kv_cache_scheme": {"num_bits": 8}},
             "kv_cache_scheme=.*one of None",
+        ),
+        (
+            make_config("int-quantized", num_bits=8)
+            | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
+            "transform_config=.*R1.*must be absent",
         ),
     ],
 )

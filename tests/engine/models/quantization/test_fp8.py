@@ -9,12 +9,27 @@ from quantisers import fp8_per_block, fp8_per_row, fp8_per_tensor
 from loraplex.engine.models.quantization.fp8 import FbgemmFp8, Fp8, Fp8OnLoad
 
 PER_TENSOR = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+OF_TRANSFORMERS = {
+    "quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None,
+}  # fmt: skip
 PER_BLOCK = {"quant_method": "fp8", "weight_block_size": [48, 32]}
 PER_ROW = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}
 
 
+def fp8_per_tensor_of_transformers(module, weight):
+    tensors, stands_for = fp8_per_tensor(module, weight)
+    tensors["weight_scale_inv"] = tensors.pop("weight_scale")
+    tensors["activation_scale"] = tensors.pop("input_scale")
+    return tensors, stands_for
+
+
 KINDS = {
     "tensor": (Fp8, PER_TENSOR, fp8_per_tensor),
+    "tensor, as transformers names it": (
+        Fp8,
+        OF_TRANSFORMERS,
+        fp8_per_tensor_of_transformers,
+    ),
     "row": (FbgemmFp8, PER_ROW, fp8_per_row),
     "block": (Fp8, PER_BLOCK, fp8_per_block),
 }

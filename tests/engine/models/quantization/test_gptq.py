@@ -25,6 +25,25 @@ def test_a_mixed_batch_equals_the_dequantised_model(change, tmp_path):
     check_mixed_batch(*write_quantised(tmp_path, gptq(config), config), tmp_path)
 
 
+def test_modules_may_differ_and_the_head_be_quantised_too(tmp_path):
+    eight_bits = {"bits": 8, "group_size": 64}
+    config = CONFIG | {
+        "lm_head": True, "sym": False, "format": "gptq_v2",
+        "dynamic": {"-:.*0.*k_proj": {}, "+:.*k_proj": eight_bits, ".*down_proj": eight_bits},
+    }  # fmt: skip
+
+    def quantise(module, weight):
+        if module == "model.layers.0.self_attn.k_proj":
+            return None
+        differs = "k_proj" in module or "down_proj" in module
+        version = {"checkpoint_format": "gptq_v2"}
+        of_module = config | version | (eight_bits if differs else {})
+        return gptq(of_module)("" if module == "lm_head" else module, weight)
+
+    shape = {"vocab_size": 104}
+    check_mixed_batch(*write_quantised(tmp_path, quantise, config, **shape), tmp_path)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [16, 32, -1])
 @pytest.mark.parametrize(
@@ -59,8 +78,8 @@ def test_a_bias_of_zeros_is_left_out(tmp_path):
         ({"bits": 2}, "bits=2 .*one of 4, 8"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
         ({"pack_dtype": "int16"}, "pack_dtype='int16'"),
-        ({"dynamic": {"-:.*k_proj": {}}}, "dynamic=.*must be absent"),
-        ({"lm_head": True}, "lm_head=True.*must be absent"),
+        ({"dynamic": {"+:.*k_proj": {"bits": 3}}}, "bits=3 .*one of 4, 8"),
+        ({"format": "marlin"}, "format='marlin'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change, message):
