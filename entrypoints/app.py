@@ -13,7 +13,6 @@ from starlette.middleware.cors import CORSMiddleware
 import loraplex
 from loraplex.engine.core_client import EngineDeadError
 from loraplex.entrypoints.http import adapter_routes, admin_routes, operator_routes
-from loraplex.entrypoints.http.adapter_places import AdapterPlaces
 from loraplex.entrypoints.http.api_keys import KeyRing
 from loraplex.entrypoints.http.errors import ApiError, IncompleteGeneration, to_lorax_error
 from loraplex.entrypoints.http.gate import Gate
@@ -49,7 +48,6 @@ def build_app(
     app = FastAPI(title="Loraplex", version=loraplex.__version__)
     app.state.serving = serving
     app.state.is_draining = False
-    app.state.adapter_places = AdapterPlaces(config.allow_runtime_lora or ())
     for module in modules:
         app.include_router(module.router)
     # Each by name: Exception's handler would be for crashes, which are logged as such, too.

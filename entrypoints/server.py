@@ -94,7 +94,13 @@ def make_serving(
 ) -> Serving:
     """What the routes need, over a started engine."""
     names = config.served_model_name or [engine.model_info.model_name]
-    models = ModelRegistry(names, engine.config.model, engine.model_info.max_model_len, adapters)
+    models = ModelRegistry(
+        names,
+        engine.config.model,
+        engine.model_info.max_model_len,
+        adapters,
+        config.allow_runtime_lora or (),
+    )
     return Serving(
         engine,
         models,

@@ -144,7 +144,8 @@ def _adapter(body: AdapterName, request: Request) -> tuple[Serving, LoRARequest]
 
 def _places(request: Request) -> AdapterPlaces:
     """Where adapters may be loaded from while the server runs. Raises ApiError 403 if nowhere."""
-    places: AdapterPlaces = request.app.state.adapter_places
+    serving: Serving = request.app.state.serving
+    places = serving.models.places
     if not places:
         raise ApiError(403, "adapters can't be changed: start the server with --allow-runtime-lora")
     return places

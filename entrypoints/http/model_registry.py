@@ -9,6 +9,7 @@ from typing import Any
 
 from loraplex.engine.errors import RequestError
 from loraplex.engine.lora_request import LoRARequest
+from loraplex.entrypoints.http.adapter_places import AdapterPlaces
 from loraplex.entrypoints.http.errors import ApiError
 from loraplex.lora.sources.reference import AdapterReference
 
@@ -26,7 +27,10 @@ class ModelRegistry:
         base_root: str,
         max_model_len: int,
         adapters: Sequence[LoRARequest] = (),
+        places: Sequence[str] = (),
     ) -> None:
+        """places: below which clients may name adapters by their source, as in AdapterPlaces."""
+        self.places = AdapterPlaces(places)
         self.base_name = base_names[0]
         self._base_names = list(base_names)
         self._base_root = base_root
@@ -36,21 +40,47 @@ class ModelRegistry:
         for adapter in adapters:
             self.add(adapter)
 
-    def resolve(self, name: str) -> LoRARequest | None:
-        """The adapter of this name, None for the base model. Raises ApiError 404."""
-        if name in self._adapters:
-            return self._adapters[name]
-        if name in self._base_names:
+    def resolve(
+        self, name: str, adapter_source: str | None = None, token: str | None = None
+    ) -> LoRARequest | None:
+        """What `model` means: None is the base model, which "" means, too. See find_adapter.
+
+        Raises ApiError 404; where an adapter_source is given as find_adapter does.
+        """
+        if name in ("", *self._base_names):
             return None
-        raise self.not_found(name)
+        try:
+            return self.find_adapter(name, adapter_source, token, param="model")
+        except ValueError as error:
+            if adapter_source is not None:
+                raise
+            raise self.not_found(name, f"it is not among /v1/models, and {error}") from error
 
-    def find_adapter(self, name: str) -> LoRARequest | None:
-        """The adapter of this name; None if there is none."""
-        return self._adapters.get(name)
+    def find_adapter(
+        self, text: str, adapter_source: str | None, token: str | None, param: str
+    ) -> LoRARequest:
+        """The adapter of this name, or from this place, which the token reads if it is the hub's.
 
-    def not_found(self, name: str) -> ApiError:
+        Raises ApiError 404, and as AdapterPlaces.parse and adapter_request do; param: the field.
+        """
+        if adapter_source is None and text in self._adapters:
+            return self._adapters[text]
+        if not self.places:
+            raise self.not_found(
+                text,
+                "it is not among /v1/models, and this server was started without "
+                "--allow-runtime-lora, which lets clients name adapters by their source",
+            )
+        # Named by its reference: two ways to write it are one adapter, for keys and metrics, too.
+        reference = self.places.parse(text, adapter_source, param)
+        return adapter_request(str(reference), reference, token)
+
+    def not_found(self, name: str, reason: str = "it is not among /v1/models") -> ApiError:
         return ApiError(
-            404, f"the model {name!r} does not exist", param="model", code="model_not_found"
+            404,
+            f"the model {name!r} does not exist: {reason}",
+            param="model",
+            code="model_not_found",
         )
 
     def adapter(self, name: str) -> LoRARequest:
@@ -103,8 +133,10 @@ class ModelRegistry:
 
     def card(self, name: str) -> dict[str, Any]:
         """One of the cards. Raises ApiError 404."""
-        self.resolve(name)
-        return next(card for card in self.cards() if card["id"] == name)
+        for card in self.cards():
+            if card["id"] == name:
+                return card
+        raise self.not_found(name)
 
     def _card(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
         return {

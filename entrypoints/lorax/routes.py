@@ -164,9 +164,8 @@ async def _embed(serving: Serving, text: str, lora_request: LoRARequest | None) 
 
 
 def _adapter(request: Request, parameters: AdapterParameters) -> LoRARequest | None:
-    state = request.app.state
-    token = _bearer_token(request)
-    return find_adapter(state.serving.models, state.adapter_places, parameters, token)
+    serving: Serving = request.app.state.serving
+    return find_adapter(serving.models, parameters, _bearer_token(request))
 
 
 def _bearer_token(request: Request) -> str | None:

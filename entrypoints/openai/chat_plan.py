@@ -79,7 +79,7 @@ async def encode_conversation(
 
 async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> ChatPlan:
     """Raises ApiError or ValueError for what can be refused at once."""
-    lora_request = serving.models.resolve(body.model)
+    lora_request = body.find_adapter(serving.models)
     tokenizer = await tokenizer_of(serving, body, lora_request)
     tools, tool_format = body.offered_tools, None
     if tools:

@@ -10,6 +10,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from loraplex.entrypoints.http.serving import Serving
 from loraplex.entrypoints.http.streaming import (
@@ -40,19 +41,23 @@ router = APIRouter()
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue a text, or several."""
     serving: Serving = request.app.state.serving
-    answer = CompletionAnswer(serving, body, await encode_prompts(serving, body))
+    lora_request = body.find_adapter(serving.models)
+    prompts = await encode_prompts(serving, body, lora_request)
+    answer = CompletionAnswer(serving, body, lora_request, prompts)
     if body.stream:
         return EventStream(answer.events())
     return json_response(await unless_disconnected(request.receive, answer.whole()))
 
 
-async def encode_prompts(serving: Serving, body: CompletionRequest) -> list[list[int]]:
+async def encode_prompts(
+    serving: Serving, body: CompletionRequest, lora_request: LoRARequest | None
+) -> list[list[int]]:
     """The token ids of each prompt. Raises ApiError, ValueError."""
     has_special_tokens = body.add_special_tokens is not False
     prompts: list[list[int]] = []
     for prompt in body.prompt:
         if isinstance(prompt, str):
-            tokenizer = await serving.tokenizer_of(serving.models.resolve(body.model))
+            tokenizer = await serving.tokenizer_of(lora_request)
             prompt = await serving.encode(prompt, has_special_tokens, tokenizer)
         max_model_len = serving.engine.model_info.max_model_len
         prompts.append(body.truncate(prompt, max_model_len, body.max_tokens))
@@ -65,10 +70,16 @@ class CompletionAnswer:
     Raises ApiError or ValueError for what can be refused at once.
     """
 
-    def __init__(self, serving: Serving, body: CompletionRequest, prompts: list[list[int]]) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        body: CompletionRequest,
+        lora_request: LoRARequest | None,
+        prompts: list[list[int]],
+    ) -> None:
         self._serving = serving
         self._body = body
-        self._lora_request = serving.models.resolve(body.model)
+        self._lora_request = lora_request
         self._params = body.sampling_params(serving.engine.model_info.default_sampling)
         self._service = body.service()
         self._prompts = prompts

@@ -16,19 +16,17 @@ from loraplex.engine.outputs import RequestOutput
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.entrypoints.http.serving import Serving
 from loraplex.entrypoints.http.streaming import json_response, merge, unless_disconnected
-from loraplex.entrypoints.http.strict_model import StrictModel
-from loraplex.entrypoints.openai.requests import IGNORED_FIELDS, parse_prompts
+from loraplex.entrypoints.openai.requests import IGNORED_FIELDS, ModelRequest, parse_prompts
 
 router = APIRouter()
 
 
-class EmbeddingRequest(StrictModel):
+class EmbeddingRequest(ModelRequest):
     """Body of POST /v1/embeddings."""
 
     neutral_values = {"dimensions": ()}
     ignored_fields = IGNORED_FIELDS
 
-    model: str
     input: Annotated[list[str | list[int]], BeforeValidator(parse_prompts)]
     encoding_format: Literal["float", "base64"] | None = None
     pooling: Literal["last", "mean"] | None = None
@@ -62,7 +60,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> Respons
 
 
 async def _embed(serving: Serving, body: EmbeddingRequest) -> EmbeddingList:
-    lora_request = serving.models.resolve(body.model)
+    lora_request = body.find_adapter(serving.models)
     params = SamplingParams(pooling=body.pooling or "last", temperature=0, detokenize=False)
     serving.limits.check_batch(len(body.input), params)
     service = Service(priority=body.priority or 0)

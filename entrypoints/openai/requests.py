@@ -12,9 +12,11 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from loraplex.engine.beam_search import MAX_BEAM_WIDTH
 from loraplex.engine.errors import describe
+from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.messages import Service
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.structured_outputs.params import StructuredOutputsParams
+from loraplex.entrypoints.http.model_registry import ModelRegistry
 from loraplex.entrypoints.http.strict_model import StrictModel
 from loraplex.entrypoints.openai.structure import ResponseFormat, StructuredOutputs
 
@@ -52,10 +54,10 @@ NEUTRAL_COMPLETION_VALUES = {**NEUTRAL_VALUES, "suffix": ("",)}
 
 # What may be there beside use_beam_search.
 BEAM_SEARCH_FIELDS = {
-    "add_generation_prompt", "add_special_tokens", "cache_salt", "chat_template",
-    "chat_template_kwargs", "continue_final_message", "documents", "ignore_eos", "length_penalty",
-    "max_completion_tokens", "max_queue_seconds", "max_tokens", "messages", "model", "n",
-    "priority", "prompt", "request_id", "return_token_ids", "temperature",
+    "adapter_source", "add_generation_prompt", "add_special_tokens", "api_token", "cache_salt",
+    "chat_template", "chat_template_kwargs", "continue_final_message", "documents", "ignore_eos",
+    "length_penalty", "max_completion_tokens", "max_queue_seconds", "max_tokens", "messages",
+    "model", "n", "priority", "prompt", "request_id", "return_token_ids", "temperature",
     "truncate_prompt_tokens", "truncation_side", "use_beam_search",
 }  # fmt: skip
 
@@ -89,12 +91,26 @@ def token_id_keys(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
-class GenerationRequest(StrictModel):
+class ModelRequest(StrictModel):
+    """What every body says of the model that it is for."""
+
+    model: str
+    """The base model, an adapter by its name or, where the server allows that, by its source."""
+    adapter_source: str | None = None
+    """LoRAX's: where the adapter is, instead of a scheme in `model`."""
+    api_token: str | None = Field(default=None, repr=False)
+    """LoRAX's: reads the hub for an adapter by its source."""
+
+    def find_adapter(self, models: ModelRegistry) -> LoRARequest | None:
+        """As ModelRegistry.resolve."""
+        return models.resolve(self.model, self.adapter_source, self.api_token)
+
+
+class GenerationRequest(ModelRequest):
     """What completions and chats have in common. None stands for the default."""
 
     ignored_fields = IGNORED_FIELDS
 
-    model: str
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None

@@ -62,7 +62,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     serving: Serving = request.app.state.serving
     if isinstance(body, LoraxTokenizeRequest):
         return await lorax_routes.tokenize(body, request)
-    lora_request = serving.models.resolve(body.model or serving.models.base_name)
+    lora_request = serving.models.resolve(body.model or "")
     if isinstance(body, TokenizeText):
         tokenizer = await serving.tokenizer_of(lora_request)
         token_ids = await serving.encode(body.prompt, body.add_special_tokens, tokenizer)
@@ -86,7 +86,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of tokens, special ones among them."""
     serving: Serving = request.app.state.serving
-    lora_request = serving.models.resolve(body.model or serving.models.base_name)
+    lora_request = serving.models.resolve(body.model or "")
     tokenizer = await serving.tokenizer_of(lora_request)
     vocab_size = serving.engine.model_info.vocab_size
     for token_id in body.tokens:

@@ -31,8 +31,9 @@ class Served:
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         self.lorax = lorax.Client(url, timeout=60)
 
-    def complete(self, model: str) -> str:
-        options = {"max_tokens": NUM_TOKENS, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    def complete(self, model: str, **extra: Any) -> str:
+        options = {"max_tokens": NUM_TOKENS, "temperature": 0}
+        options["extra_body"] = {"ignore_eos": True, **extra}
         return self.openai.completions.create(model=model, prompt=TEXT, **options).choices[0].text
 
     def generate(self, adapter_id: str | None = None, **options: Any) -> str:
@@ -90,7 +91,7 @@ def test_a_cached_copy_is_not_for_whoever_may_not_read_it(served: Served, maker:
             with pytest.raises(errors.GenerationError, match="acme/private") as refused:
                 generate(token)
             assert not any(secret in str(refused.value) for secret in (OWN, FOREIGN))
-    # A name that OpenAI's clients use brings no token.
+    # A name that OpenAI's clients use brings no token, and neither does their API key.
     assert served.post("load", lora_name="secret", lora_path="acme/private").is_success
     with pytest.raises(openai.NotFoundError, match="acme/private"):
         served.complete("secret")
@@ -118,3 +119,36 @@ def test_a_hub_that_fails_is_told_and_asked_again(served: Served, maker: Adapter
         served.generate("acme/late", adapter_source="hub")
     served.hub_server.clear_faults()
     assert served.generate("acme/late", adapter_source="hub") == served.complete("local")
+
+
+def test_openai_clients_name_an_adapter_by_its_source(served: Served, maker: AdapterMaker):
+    served.hub.add("acme/by-source", maker.files(1))
+    served.hub.add("acme/closed", maker.files(1), readers=frozenset({OWN}))
+    expected = served.complete("local")
+    for model in ("acme/by-source", "hub:acme/by-source@main"):
+        assert served.complete(model) == expected
+    assert served.complete("acme/by-source", adapter_source="hub") == expected
+    assert served.hub_server.count("/cdn/acme/by-source/") == 1
+    assert served.complete("") == served.generate(), "the base model"
+    (embedding,) = served.openai.embeddings.create(model="acme/by-source", input=PROMPT).data
+    (local,) = served.openai.embeddings.create(model="local", input=PROMPT).data
+    assert embedding.embedding == local.embedding
+    # The client's API key is no token for the hub.
+    requests = served.hub_server.seen("/api/models/acme/by-source")
+    assert {request.authorization for request in requests} <= {None, ""}
+    assert "acme/by-source" not in {model.id for model in served.openai.models.list()}
+    assert served.complete("acme/closed", api_token=OWN) == expected
+    for options in ({}, {"api_token": FOREIGN}):
+        with pytest.raises(openai.NotFoundError, match="acme/closed"):
+            served.complete("acme/closed", **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"), [("nobody", "a hub id has an owner"), ("/etc", "from below hub only")]
+)
+def test_what_is_no_source_is_404(served: Served, source: str, words: str):
+    with pytest.raises(openai.NotFoundError, match=words) as caught:
+        served.complete(source)
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        served.openai.models.retrieve("acme/by-source")

@@ -163,11 +163,13 @@ def test_bodies_that_are_no_objects(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_unknown_model_is_404(client, stream):
+@pytest.mark.parametrize("model", ["nobody", "acme/adapter", "/etc"])
+def test_an_unknown_model_is_404(client, model, stream):
     with pytest.raises(openai.NotFoundError) as caught:
-        client.completions.create(model="nobody", prompt="x", stream=stream)
+        client.completions.create(model=model, prompt="x", stream=stream)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-    assert "nobody" in caught.value.message
+    assert model in caught.value.message
+    assert "--allow-runtime-lora" in caught.value.message
 
 
 @pytest.mark.parametrize("stream", [False, True])
