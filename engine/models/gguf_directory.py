@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from loraplex.engine.models.gguf_tensors import (
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 """Part of the directory's name: raise it when the files written here change."""
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -37,39 +39,64 @@ LLAMA3_SCALINGS = [
     for factor in (8.0, 32.0)
 ]  # fmt: skip
 ROPE_FACTORS = "rope_freqs.weight"
+HEAD = "output.weight"
+# By the names that both GGUF files and configs have for them.
+ROPE_SCALINGS = ("none", "linear", "yarn")
 
 
 def gguf_directory(file: Path) -> Path:
     """The model directory of a GGUF file; made now, if the file is new or has changed.
 
-    Raises ValueError if the file can't be read or its architecture is not supported.
+    file: the first one, if the model is split into several. Raises ValueError if one is missing or
+    can't be read, or the architecture is not supported.
     """
-    file = file.resolve()
-    status = file.stat()
-    identity = f"{file} {status.st_size} {status.st_mtime_ns}".encode()
-    digest = hashlib.sha256(identity).hexdigest()[:12]
+    files = _parts(file)
+    statuses = [(str(part), (status := part.stat()).st_size, status.st_mtime_ns) for part in files]
+    digest = hashlib.sha256(str(statuses).encode()).hexdigest()[:12]
     name = f"{file.stem}-{digest}-v{_VERSION}"
-    return cached_model(name, lambda directory: _write(file, directory))
+    return cached_model(name, lambda directory: _write(files, directory))
 
 
-def _write(file: Path, directory: Path) -> None:
-    from gguf import GGUFReader
+def _parts(file: Path) -> list[Path]:
+    """The files of a model, the first of which is given."""
+    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", file.name)
+    if match is None:
+        return [file.resolve()]
+    stem, index, count = match.groups()
+    if int(index) != 1:
+        raise ValueError(
+            f"model={str(file)!r} is one of {int(count)} parts of a GGUF file: give the first, "
+            f"{stem}-00001-of-{count}.gguf"
+        )
+    parts = [file.with_name(f"{stem}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise ValueError(f"model={str(file)!r} is split, and its part {part.name} is missing")
+    return [part.resolve() for part in parts]
 
+
+def _write(files: Sequence[Path], directory: Path) -> None:
+    file = files[0]
     logger.info("Reading the header of %s (once, some seconds)", file)
-    try:
-        reader = GGUFReader(file)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"model={str(file)!r} can't be read as GGUF: {error}") from error
-    architecture = reader.fields["general.architecture"].contents()
+    readers = [_read(part) for part in files]
+    reader = readers[0]
+    count = _field(reader, "split.count", 1)
+    if count not in (0, len(files)):
+        raise ValueError(
+            f"model={str(file)!r} is one of {count} parts of a GGUF file, whose names must end in "
+            f"-00001-of-{count:05}.gguf and so on"
+        )
+    architecture = _field(reader, "general.architecture", None)
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"general.architecture={architecture!r} of {file} is not supported: it must be one of "
             + ", ".join(map(repr, ARCHITECTURES))
         )
-    config = _config(file, architecture, reader.tensors)
+    stored = [(part, t) for part, own in zip(files, readers, strict=True) for t in own.tensors]
+    config = _config(file, architecture, reader, {t.name: t for _, t in stored})
     tensors = {
-        tensor_name(tensor.name): _stored(tensor, architecture, config)
-        for tensor in reader.tensors
+        tensor_name(tensor.name): _stored(part, tensor, architecture, config)
+        for part, tensor in stored
         if tensor.name != ROPE_FACTORS
     }
     config["quantization_config"] = {
@@ -80,21 +107,57 @@ def _write(file: Path, directory: Path) -> None:
             if tensor.type not in DENSE_TYPES
         },
     }
-    write_table(directory, file, tensors)
+    write_table(directory, tensors)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _write_tokenizer(file, reader, directory)
 
 
-def _config(file: Path, architecture: str, tensors: Any) -> dict[str, Any]:
+def _read(file: Path) -> Any:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(file)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"model={str(file)!r} can't be read as GGUF: {error}") from error
+
+
+def _field(reader: Any, name: str, default: Any) -> Any:
+    field = reader.fields.get(name)
+    return default if field is None else field.contents()
+
+
+def _config(
+    file: Path, architecture: str, reader: Any, tensors: Mapping[str, Any]
+) -> dict[str, Any]:
     from transformers import AutoConfig
 
     hf_config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     hf_config.architectures = [ARCHITECTURES[architecture]]
     hf_config.dtype = "bfloat16"
-    for tensor in tensors:
-        if tensor.name == ROPE_FACTORS:
-            hf_config.rope_parameters |= _rope_scaling(hf_config, tensor.data)
+    hf_config.tie_word_embeddings = HEAD not in tensors
+    hf_config.rope_parameters |= _scaling_in_fields(reader, f"{architecture}.rope.scaling.")
+    if ROPE_FACTORS in tensors:
+        hf_config.rope_parameters |= _rope_scaling(hf_config, tensors[ROPE_FACTORS].data)
     return hf_config.to_dict()
+
+
+def _scaling_in_fields(reader: Any, prefix: str) -> dict[str, Any]:
+    """The rope parameters that fields of the file give."""
+    kind = _field(reader, prefix + "type", "none")
+    if kind not in ROPE_SCALINGS:
+        raise ValueError(
+            f"{prefix}type={kind!r} of the GGUF file is not supported: it must be one of "
+            + ", ".join(map(repr, ROPE_SCALINGS))
+        )
+    if kind == "none":
+        return {}
+    scaling = {"rope_type": kind, "factor": float(_field(reader, prefix + "factor", 1.0))}
+    if kind == "yarn":
+        trained = _field(reader, prefix + "original_context_length", None)
+        if trained is None:
+            raise ValueError(f"the GGUF file lacks {prefix}original_context_length")
+        scaling["original_max_position_embeddings"] = int(trained)
+    return scaling
 
 
 def _rope_scaling(hf_config: Any, factors: Any) -> dict[str, Any]:
@@ -113,7 +176,7 @@ def _rope_scaling(hf_config: Any, factors: Any) -> dict[str, Any]:
     raise ValueError(f"the factors in {ROPE_FACTORS} of the GGUF file are not those of a Llama 3")
 
 
-def _stored(tensor: Any, architecture: str, config: dict[str, Any]) -> TableEntry:
+def _stored(file: Path, tensor: Any, architecture: str, config: dict[str, Any]) -> TableEntry:
     # GGUF has the size of rows first.
     num_rows = int(tensor.shape[-1])
     rotary_heads = 0
@@ -122,6 +185,7 @@ def _stored(tensor: Any, architecture: str, config: dict[str, Any]) -> TableEntr
     elif architecture == "llama" and ".attn_k." in tensor.name:
         rotary_heads = config["num_key_value_heads"]
     return TableEntry(
+        file=str(file),
         type=tensor.tensor_type.name,
         offset=int(tensor.data_offset),
         row_bytes=int(tensor.n_bytes) // num_rows,
@@ -134,8 +198,7 @@ def _write_tokenizer(file: Path, reader: Any, directory: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    split = reader.fields.get("tokenizer.ggml.pre")
-    if split is not None and split.contents() == SINGLE_DIGITS:
+    if _field(reader, "tokenizer.ggml.pre", None) == SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = single_digits()
     tokenizer.save_pretrained(directory)
 

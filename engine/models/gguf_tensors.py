@@ -14,8 +14,8 @@ import torch
 from loraplex.engine.models.stored_tensors import StoredTensor
 
 TABLE = "gguf.json"
-"""In a model directory: where the file is, and what is where in it. The file's own header takes
-seconds to read, most of them for the vocabulary."""
+"""In a model directory: what is where in the GGUF file, or in those that it is split into. Their
+own headers take seconds to read, most of them for the vocabulary."""
 
 _MODULES = {
     "token_embd": "model.embed_tokens",
@@ -42,8 +42,9 @@ EXPANDED_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class TableEntry:
-    """Where a tensor is in the file. Its rows are outputs of a linear, or elements of a vector."""
+    """Where a tensor is. Its rows are outputs of a linear, or elements of a vector."""
 
+    file: str
     type: str
     """As GGUF names it, e.g. "Q4_K"."""
     offset: int
@@ -76,8 +77,8 @@ def split_rotary_halves(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def write_table(directory: Path, file: Path, tensors: dict[str, TableEntry]) -> None:
-    table = {"file": str(file), "tensors": {name: asdict(t) for name, t in tensors.items()}}
+def write_table(directory: Path, tensors: dict[str, TableEntry]) -> None:
+    table = {name: asdict(entry) for name, entry in tensors.items()}
     (directory / TABLE).write_text(json.dumps(table))
 
 
@@ -85,16 +86,16 @@ def gguf_tensors(directory: Path) -> Iterator[tuple[str, StoredTensor]]:
     """Every tensor that the directory's table lists.
 
     What is stored in blocks comes as such, uint8 [rows, bytes], except for the embedding, which is
-    expanded to bfloat16. Raises ValueError if the file is gone.
+    expanded to bfloat16. Raises ValueError if a file is gone.
     """
     table = json.loads((directory / TABLE).read_text())
-    file = Path(table["file"])
-    if not file.is_file():
-        raise ValueError(f"model={str(directory)!r} was made from {str(file)!r}, which is gone")
-    for name, fields in table["tensors"].items():
-        entry = TableEntry(**fields)
-        size = entry.num_rows * entry.row_bytes
-        yield name, StoredTensor(file, entry.offset, size, partial(_decode, name, entry))
+    entries = {name: TableEntry(**fields) for name, fields in table.items()}
+    for file in {entry.file for entry in entries.values()}:
+        if not Path(file).is_file():
+            raise ValueError(f"model={str(directory)!r} was made from {file!r}, which is gone")
+    for name, entry in entries.items():
+        size, decode = entry.num_rows * entry.row_bytes, partial(_decode, name, entry)
+        yield name, StoredTensor(Path(entry.file), entry.offset, size, decode)
 
 
 def _decode(name: str, entry: TableEntry, data: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from loraplex import LLM, SamplingParams
+from loraplex.engine.models.config import read_model_config
 from loraplex.engine.models.embedded import EMBEDDED_MODEL, find_gguf
 from loraplex.engine.models.layers import Linear
 from loraplex.engine.models.locate import locate_model, model_name
@@ -67,7 +68,11 @@ def interleave_rotary_halves(weight: torch.Tensor, num_heads: int) -> torch.Tens
 
 
 def write_gguf(path: Path, tensors: dict[str, tuple[np.ndarray, str]], **fields) -> None:
-    writer = GGUFWriter(path, fields.pop("architecture", "llama"))
+    architecture, rope = fields.pop("architecture", "llama"), fields.pop("rope", {})
+    writer = GGUFWriter(path, architecture, **fields)
+    for name, value in rope.items():
+        add = writer.add_string if name == "type" else writer.add_float32
+        add(f"{architecture}.rope.scaling.{name}", value)
     writer.add_block_count(SHAPE["num_hidden_layers"])
     writer.add_context_length(SHAPE["max_position_embeddings"])
     writer.add_embedding_length(SHAPE["hidden_size"])
@@ -141,6 +146,43 @@ def test_a_mixed_batch_equals_the_dequantised_model(own_cache, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.encode("a ab") == [1, WORDS.index("▁a"), WORDS.index("▁a"), WORDS.index("b")]
     assert json.loads((directory / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_split_file_is_served_and_its_parts_are_looked_for(own_cache, tmp_path):
+    _, dense = write_model(tmp_path, split_max_tensors=9)
+    first, *_, last = sorted(tmp_path.glob("tiny-*.gguf"))
+    check_mixed_batch(first, dense, tmp_path)
+    with pytest.raises(ValueError, match="one of 3 parts .* the first, tiny-00001-of-00003.gguf"):
+        locate_model(str(last))
+    first.rename(tmp_path / "first.gguf")
+    with pytest.raises(ValueError, match="one of 3 parts .* end in -00001-of-00003.gguf"):
+        locate_model(str(tmp_path / "first.gguf"))
+    (tmp_path / "first.gguf").rename(first)
+    last.unlink()
+    with pytest.raises(ValueError, match="its part tiny-00003-of-00003.gguf is missing"):
+        locate_model(str(first))
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+        ({"type": "longrope"}, "llama.rope.scaling.type='longrope' .* one of 'none', 'linear'"),
+        ({"type": "yarn"}, "lacks llama.rope.scaling.original_context_length"),
+    ],
+)
+def test_rope_scaling_is_that_of_the_file(rope, expected, own_cache, tmp_path):
+    write_gguf(tmp_path / "scaled.gguf", {}, rope=rope)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            locate_model(str(tmp_path / "scaled.gguf"))
+        return
+    parameters = read_model_config(locate_model(str(tmp_path / "scaled.gguf"))).rope_parameters
+    assert parameters.items() >= expected.items()
 
 
 def test_a_changed_file_is_read_anew_and_a_lost_one_is_named(own_cache, tmp_path):
