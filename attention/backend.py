@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from importlib import import_module
 from typing import Protocol
 
@@ -30,21 +31,50 @@ class PlannedAttention(Protocol):
     strides but 1 in the last dimension, and of the shape's kv_dtype; q, k and v are of its dtype.
     """
 
-    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Writes rows of k and v, [num_tokens, num_kv_heads, head_dim], to the batch's slots.
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        window: int | None = None,
+    ) -> Tensor:
+        """Write k and v to the batch's slots; softmax(scale * q K^T) V, causal.
 
-        They are rounded to the caches' dtype; what is beyond its greatest number becomes that.
+        q [num_tokens, num_heads, head_dim], result likewise; k and v [num_tokens, num_kv_heads,
+        head_dim]. They are rounded to the caches' dtype; what is beyond its greatest number becomes
+        that. A row sees `window` tokens, itself the last of them, or all if None; it must be one of
+        the shape's windows. Scores are capped as the shape says. Rows of the result that belong to
+        no request may hold anything.
         """
         ...
 
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None = None) -> Tensor:
-        """softmax(scale * q K^T) V, causal; q [num_tokens, num_heads, head_dim], result likewise.
 
-        A row sees `window` tokens, itself the last of them, or all if None; it must be one of the
-        shape's windows. Scores are capped as the shape says. Rows of the result that belong to no
-        request may hold anything.
-        """
-        ...
+class WriteAndRun(ABC):
+    """A planned attention that is two operations, one after the other."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None: ...
+
+    @abstractmethod
+    def run(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None = None
+    ) -> Tensor: ...
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        window: int | None = None,
+    ) -> Tensor:
+        self.write_kv(k, v, k_cache, v_cache)
+        return self.run(q, k_cache, v_cache, window)
 
 
 class AttentionBackend(Protocol):

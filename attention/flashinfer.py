@@ -18,7 +18,7 @@ import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
 from loraplex import native
-from loraplex.attention.backend import FLASHINFER_DTYPE, FLASHINFER_HEAD_DIMS
+from loraplex.attention.backend import FLASHINFER_DTYPE, FLASHINFER_HEAD_DIMS, WriteAndRun
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 
 Tensor = torch.Tensor
@@ -30,7 +30,7 @@ TILE_ROWS = (16, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedFlashInferAttention:
+class PlannedFlashInferAttention(WriteAndRun):
     wrappers: dict[int | None, BatchPrefillWithPagedKVCacheWrapper]
     """By window."""
     slot_mapping: Tensor

@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 
 from loraplex import native
+from loraplex.attention.backend import WriteAndRun
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedNativeAttention:
+class PlannedNativeAttention(WriteAndRun):
     metadata: AttentionMetadata
     shape: AttentionShape
 

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import torch
 
+from loraplex.attention.backend import WriteAndRun
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedReferenceAttention:
+class PlannedReferenceAttention(WriteAndRun):
     metadata: AttentionMetadata
     shape: AttentionShape
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex import native
+from loraplex.attention.backend import WriteAndRun
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
 
 Tensor = torch.Tensor
@@ -62,7 +63,7 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedSdpaAttention:
+class PlannedSdpaAttention(WriteAndRun):
     scale: float
     slot_mapping: Tensor
     groups: dict[int | None, list[_Group]]

@@ -21,8 +21,8 @@ def plan_shares(
     them; pages are counted through all rows.
 
     Of a row: its first page and the end of its pages, its tokens, first share << 16 | shares.
-    Of a share: its first page and the end of its pages, its first row, and how many of its first
-    pages the step does not write, which is a row's last. What has nothing to do has no pages.
+    Of a share: its first page and the end of its pages, its first row, 0. What has nothing to do
+    has no pages.
     """
     ends = np.cumsum(-(-seq_lens // block_size))
     begins = np.concatenate([[0], ends[:-1]])
@@ -37,5 +37,4 @@ def plan_shares(
     own = shares[:num_shares]
     first_rows = np.searchsorted(ends, bounds[:-1], "right")
     own[:, 0], own[:, 1], own[:, 2] = bounds[:-1], bounds[1:], first_rows
-    own[:, 3] = np.minimum(ends[first_rows] - 1, bounds[1:]) - bounds[:-1]
     return rows, shares

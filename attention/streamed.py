@@ -30,20 +30,22 @@ class PlannedStreamedAttention:
     shares: Tensor  # int32 [num_blocks, FIELDS]
     scratch: native.CudaScratch
     scale: float
-    slot_mapping: Tensor
 
-    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Semantics: reference.PlannedReferenceAttention.write_kv."""
-        native.write_kv(k, v, k_cache, v_cache, self.slot_mapping)
-
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None = None) -> Tensor:
-        """Semantics: reference.PlannedReferenceAttention.run; scores, weights and sums in
-        float32."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        window: int | None = None,
+    ) -> Tensor:
+        """Semantics: reference.PlannedReferenceAttention; scores, weights and sums in float32."""
         assert window is None
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         native.cuda_decode_attention(
-            out, q, k_cache, v_cache, self.pages, self.rows, self.shares, self.scratch.partials,
-            self.scratch.flags, self.scale,
+            out, q, k, v, k_cache, v_cache, self.pages, self.rows, self.shares,
+            self.scratch.partials, self.scratch.flags, self.scale,
         )  # fmt: skip
         return out
 
@@ -78,7 +80,9 @@ class StreamedAttention:
     def plan(
         self, metadata: AttentionMetadata
     ) -> PlannedStreamedAttention | PlannedFlashInferAttention:
-        """The plan before must be done with on the device's side, or at least copied there."""
+        """The plan before must be done with on the device's side, or at least copied there.
+
+        Where each row's K and V are written follows from the block table, not the slot mapping."""
         if metadata.max_query_len > 1:
             return self._others.plan(metadata)
         num_blocks, pages_begin = len(self._scratch.flags), FIELDS * self._num_rows_end
@@ -98,5 +102,4 @@ class StreamedAttention:
             records[:num_blocks],
             self._scratch,
             self._shape.scale,
-            metadata.slot_mapping,
         )

@@ -164,7 +164,7 @@ def bench_attention(bench: Bench) -> None:
         bench.add(
             f"attention {kind} {num_requests} x {num_queries} on {context}, "
             f"{ATTENTION_LAYERS} layers",
-            case.calls(backend, pool, bench.new(ATTENTION_LAYERS, *case.q_sizes)),
+            case.calls(backend, pool, bench.new(ATTENTION_LAYERS, *case.qkv_sizes)),
             num_bytes=ATTENTION_LAYERS * case.elements * bench.dtype.itemsize,
             flops=ATTENTION_LAYERS * case.flops,
         )

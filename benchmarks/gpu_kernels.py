@@ -212,7 +212,7 @@ def bench_attention(bench: GpuBench, grid: Grid) -> Iterator[None]:
         pool = memory.take(case.num_pages, num_layers, *case.kv_sizes)
         bench.add(
             f"attention: {kind} {case.num_requests} x {case.context}",
-            case.calls(backend, pool, memory.take(num_layers, *case.q_sizes)),
+            case.calls(backend, pool, memory.take(num_layers, *case.qkv_sizes)),
             num_bytes,
             case.flops,
         )

@@ -143,14 +143,22 @@ class AttentionCase:
         return 2, BLOCK_SIZE, self.shape.num_kv_heads, self.shape.head_dim
 
     @property
-    def q_sizes(self) -> tuple[int, ...]:
-        return self.num_requests * self.num_queries, self.shape.num_heads, self.shape.head_dim
+    def heads(self) -> tuple[int, int, int]:
+        """Of q, k and v."""
+        return self.shape.num_heads, self.shape.num_kv_heads, self.shape.num_kv_heads
+
+    @property
+    def qkv_sizes(self) -> tuple[int, ...]:
+        """Of a layer's queries and their own K and V."""
+        return self.num_requests * self.num_queries, sum(self.heads), self.shape.head_dim
 
     @property
     def elements(self) -> int:
-        """That each layer reads and writes: K, V, queries and results."""
-        kv = 2 * self.num_requests * self.context * self.shape.num_kv_heads * self.shape.head_dim
-        return kv + 2 * torch.Size(self.q_sizes).numel()
+        """That each layer reads and writes: K, V, queries and results, and the queries' K and V."""
+        num_tokens = self.num_requests * self.num_queries
+        heads = 2 * self.shape.num_kv_heads * self.num_requests * self.context
+        heads += 2 * sum(self.heads) * num_tokens
+        return heads * self.shape.head_dim
 
     @property
     def flops(self) -> float:
@@ -158,21 +166,26 @@ class AttentionCase:
         pairs = self.num_requests * self.num_queries * (self.context - (self.num_queries - 1) / 2)
         return 4 * pairs * self.shape.num_heads * self.shape.head_dim
 
-    def calls(self, backend: AttentionBackend, pool: Tensor, q: Tensor) -> list[Call]:
-        """A call for each layer. pool [num_pages, layers, *kv_sizes], q [layers, *q_sizes]."""
+    def calls(self, backend: AttentionBackend, pool: Tensor, qkv: Tensor) -> list[Call]:
+        """A call for each layer. pool [num_pages, layers, *kv_sizes], qkv [layers, *qkv_sizes]."""
+        block_table = torch.randperm(self.num_pages).int().view(self.num_requests, -1)
+        positions = torch.arange(self.context - self.num_queries, self.context)
+        slots = block_table[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
         planned = backend.plan(
             AttentionMetadata(
                 cu_seqlens_q=torch.arange(self.num_requests + 1).int() * self.num_queries,
                 seq_lens=torch.full((self.num_requests,), self.context, dtype=torch.int32),
-                block_table=torch.randperm(self.num_pages).int().view(self.num_requests, -1),
-                slot_mapping=torch.zeros(q.shape[1], dtype=torch.int64, device=q.device),
+                block_table=block_table,
+                slot_mapping=slots.flatten().long().to(qkv.device),
                 max_query_len=self.num_queries,
                 graph_num_tokens=self.num_requests if self.num_queries == 1 else None,
             )
         )
         return [
-            partial(planned.run, of_layer, pool[:, layer, 0], pool[:, layer, 1])
-            for layer, of_layer in enumerate(q)
+            partial(
+                planned.attend, *of_layer.split(self.heads, 1), pool[:, layer, 0], pool[:, layer, 1]
+            )
+            for layer, of_layer in enumerate(qkv)
         ]
 
 

@@ -50,16 +50,19 @@ void cuda_linear(TensorView y, TensorView x, TensorView weight, Optional<TensorV
   if (error != nullptr) TVM_FFI_THROW(RuntimeError) << function << ": " << error;
 }
 
-void cuda_decode_attention(TensorView out, TensorView q, TensorView k_cache, TensorView v_cache,
-                           TensorView pages, TensorView rows, TensorView shares,
-                           TensorView partials, TensorView counters, double scale) {
+void cuda_decode_attention(TensorView out, TensorView q, TensorView k, TensorView v,
+                           TensorView k_cache, TensorView v_cache, TensorView pages,
+                           TensorView rows, TensorView shares, TensorView partials,
+                           TensorView counters, double scale) {
   const char* function = "cuda_decode_attention";
   const Argument result{function, "out", out}, query{function, "q", q};
   const Argument keys{function, "k_cache", k_cache}, values{function, "v_cache", v_cache};
   const Argument table{function, "pages", pages}, row_list{function, "rows", rows};
   const Argument share_list{function, "shares", shares}, sums{function, "partials", partials};
   const Argument meeting{function, "counters", counters};
-  require_cuda({result, query, keys, values, table, row_list, share_list, sums, meeting});
+  const Argument new_keys{function, "k", k}, new_values{function, "v", v};
+  require_cuda({result, query, new_keys, new_values, keys, values, table, row_list, share_list,
+                sums, meeting});
   cuda::DecodeAttentionParams p{};
   query.has_type(kBFloat16).has_shape({kAny, kAny, cuda::kAttentionHeadDim});
   result.is_like(query).is_contiguous();
@@ -79,10 +82,16 @@ void cuda_decode_attention(TensorView out, TensorView q, TensorView k_cache, Ten
                      cache.stride(0) == k_cache.stride(0) && cache.stride(0) % 8 == 0)
         << function << ": caches must have dense pages, equally far apart";
   }
-  LORAPLEX_REQUIRE(q.stride(1) == q.size(2) && q.stride(0) % 8 == 0)
-      << function << ": rows of q must be dense, and begin at multiples of 8 elements";
-  p.out = out.data_ptr(), p.q = q.data_ptr(), p.k = k_cache.data_ptr(), p.v = v_cache.data_ptr();
-  p.q_stride = q.stride(0), p.page_stride = k_cache.stride(0);
+  new_keys.has_type(kBFloat16).has_shape({q.size(0), p.num_kv_heads, q.size(2)});
+  new_values.is_like(new_keys);
+  for (const TensorView& rows : {q, k, v}) {
+    LORAPLEX_REQUIRE(rows.stride(1) == q.size(2) && rows.stride(0) % 8 == 0)
+        << function << ": rows of q, k and v must be dense, and begin at multiples of 8 elements";
+  }
+  p.out = out.data_ptr(), p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
+  p.k_cache = k_cache.data_ptr(), p.v_cache = v_cache.data_ptr();
+  p.q_stride = q.stride(0), p.k_stride = k.stride(0), p.v_stride = v.stride(0);
+  p.page_stride = k_cache.stride(0);
   p.scale = static_cast<float>(scale);
   p.pages = table.has_type(kInt32).has_shape({kAny}).is_contiguous().data<int32_t>();
   p.rows = row_list.has_type(kInt32).has_shape({kAny, 4}).is_contiguous().data<int32_t>();

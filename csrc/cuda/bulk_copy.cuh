@@ -46,6 +46,8 @@ __device__ void wait_for(uint64_t* barrier, uint32_t round) {
       : "memory");
 }
 
+constexpr uint64_t kReadOnce = 0x12F0000000000000;  // the L2 cache's policy "evict first"
+
 // Stages that copies fill and consumers empty, and where one of the two is.
 struct Ring {
   uint64_t *full, *empty;

@@ -4,8 +4,9 @@
 // All pages of all rows, one after another, are cut into equal shares, one for each multiprocessor,
 // which may begin and end inside of a row. A warp copies pages to shared memory, all heads of a
 // page at once (they are contiguous), stages ahead of the others, of which each has one key head:
-// q k^T on tensor cores, the weighted sum of values in float32. Pages that this step does not write
-// are on their way while the kernel before still runs.
+// q k^T on tensor cores, the weighted sum of values in float32. What pages hold does not depend on
+// the kernel before, so that the first are on their way while that one still runs: a row's own key
+// and value are put into its last page here.
 //
 // What shares have of a row is put together by the warp that comes last, in the order of shares:
 // the result is the same every time.
@@ -21,9 +22,9 @@ constexpr int kMaxStages = 16, kStagedBytes = 192 * 1024;
 
 __device__ void copy_bulk(uint32_t target, const void* source, int bytes, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(target),
-      "l"(source), "r"(bytes), "r"(shared_address(barrier))
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(target),
+      "l"(source), "r"(bytes), "r"(shared_address(barrier)), "l"(kReadOnce)
       : "memory");
 }
 
@@ -48,7 +49,7 @@ __device__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ float high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000); }
 
 struct Share {
-  int begin, end, first_row, num_old;
+  int begin, end, first_row, unused;
 };
 struct Row {
   int begin, end, num_tokens, shares;
@@ -69,22 +70,18 @@ __device__ void copy_pages(const DecodeAttentionParams& p, const Share& share, u
                            int stage_bytes, Ring ring) {
   const int lane = threadIdx.x % 32;
   int numbers = 0;  // of 32 pages
-  bool has_waited = false;
-  const auto copy = [&](const void* cache, int64_t page) {
-    expect_bytes(ring.full + ring.stage, stage_bytes);
-    copy_bulk(stages + ring.stage * stage_bytes,
-              static_cast<const BFloat16*>(cache) + page * p.page_stride, stage_bytes,
-              ring.full + ring.stage);
-  };
   for (int i = share.begin; i < share.end; ++i) {
-    const int index = i - share.begin;
-    if (index % 32 == 0) numbers = i + lane < share.end ? __ldg(p.pages + i + lane) : 0;
-    const int64_t page = __shfl_sync(~0u, numbers, index % 32);
-    const bool needs_wait = index >= share.num_old || 2 * (index + 1) > ring.num_stages;
-    if (needs_wait && !has_waited) wait_for_previous_kernel(), has_waited = true;
-    for (const void* cache : {p.k, p.v}) {
+    const int index = (i - share.begin) % 32;
+    if (index == 0) numbers = i + lane < share.end ? __ldg(p.pages + i + lane) : 0;
+    const int64_t page = __shfl_sync(~0u, numbers, index);
+    for (const void* cache : {p.k_cache, p.v_cache}) {
       ring.wait_until_empty();
-      if (lane == 0) copy(cache, page);
+      if (lane == 0) {
+        expect_bytes(ring.full + ring.stage, stage_bytes);
+        copy_bulk(stages + ring.stage * stage_bytes,
+                  static_cast<const BFloat16*>(cache) + page * p.page_stride, stage_bytes,
+                  ring.full + ring.stage);
+      }
       ring.advance();
     }
   }
@@ -186,6 +183,38 @@ __device__ void add_values(Attended<kGroup>& a, const Weights<kGroup>& weights, 
     for (int token = 0; token < num_tokens; ++token) add(token);
   }
 }
+
+// The step's own key and value of a row and a key head: 16 bytes of either by each lane, the key's
+// by the first 16 lanes.
+struct NewToken {
+  uint4 part;
+  int offset;  // elements, in a page
+
+  __device__ NewToken(const DecodeAttentionParams& p, int index, const Row& row, int head) {
+    const int lane = threadIdx.x % 32, column = lane % 16 * 8, token = row.num_tokens - 1;
+    const BFloat16* first = lane < 16 ? static_cast<const BFloat16*>(p.k) + index * p.k_stride
+                                      : static_cast<const BFloat16*>(p.v) + index * p.v_stride;
+    part = *reinterpret_cast<const uint4*>(first + head * kHeadDim + column);
+    offset = (token % kPageTokens * p.num_kv_heads + head) * kHeadDim + column;
+  }
+
+  __device__ void write_to_cache(const DecodeAttentionParams& p, int page) const {
+    void* cache = threadIdx.x % 32 < 16 ? p.k_cache : p.v_cache;
+    *reinterpret_cast<uint4*>(static_cast<BFloat16*>(cache) + page * p.page_stride + offset) = part;
+  }
+
+  __device__ void write_to_stage(uint32_t stage, bool is_value) const {
+    if (threadIdx.x % 32 / 16 == is_value) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
+                       stage + offset * static_cast<uint32_t>(sizeof(BFloat16))),
+                   "r"(part.x), "r"(part.y), "r"(part.z), "r"(part.w)
+                   : "memory");
+      // The next copy to this stage comes after it.
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncwarp();
+  }
+};
 
 // ---- results, and what goes from share to share ----
 
@@ -313,22 +342,28 @@ __device__ void attend(const DecodeAttentionParams& p, const Share& share, uint3
     for (int j = 0; j < 4; ++j) {
       query[j] = g < p.group ? *reinterpret_cast<const uint4*>(q + 32 * j) : make_uint4(0, 0, 0, 0);
     }
+    const NewToken own(p, index, row, head);
+    const int last_page = row.end <= share.end ? row.end - 1 : -1;  // if it is this share's
+    if (last_page >= 0) own.write_to_cache(p, __ldg(p.pages + last_page));
     Attended<kGroup> a;
     for (const int end = min(share.end, row.end); page < end; ++page) {
       const int num_tokens = min(kPageTokens, row.num_tokens - kPageTokens * (page - row.begin));
-      const auto stage = [&] { return stages + ring.stage * stage_bytes + head * kTokenBytes; };
+      const auto wait_for_stage = [&](bool is_value) {
+        const uint32_t stage = stages + ring.stage * stage_bytes;
+        ring.wait_until_full();
+        if (page == last_page) own.write_to_stage(stage, is_value);
+        return stage + head * kTokenBytes;
+      };
       const auto give_back = [&] {
         __syncwarp();
         if (lane == 0) arrive(ring.empty + ring.stage);
         ring.advance();
       };
       float scores[2][4] = {};
-      ring.wait_until_full();
-      score(scores, query, stage() + 16 * t, token_bytes);
+      score(scores, query, wait_for_stage(false) + 16 * t, token_bytes);
       give_back();
       weigh(a, weights, scores, scale, num_tokens);
-      ring.wait_until_full();
-      add_values(a, weights, stage() + 8 * lane, token_bytes, num_tokens);
+      add_values(a, weights, wait_for_stage(true) + 8 * lane, token_bytes, num_tokens);
       give_back();
     }
     a.sum += __shfl_xor_sync(~0u, a.sum, 1);

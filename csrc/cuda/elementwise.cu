@@ -32,8 +32,12 @@ __global__ void __launch_bounds__(kThreads)
                     : static_cast<T*>(p.residual) + token * p.residual_strides[0] +
                           head * p.residual_strides[1];
   const T* weight = static_cast<const T*>(p.weight);
+  const T* source = residual != nullptr ? residual : x;
+  // What a thread keeps of a row; the rest, of very long ones, it reads again.
+  constexpr int kKept = 4, kStride = kThreads * kWidth;
+  Vec<T, kWidth> kept[kKept], weights[kKept];
   float sum = 0;
-  for (int i = threadIdx.x * kWidth; i < p.size; i += kThreads * kWidth) {
+  const auto read = [&](int i) {
     Vec<T, kWidth> v = load<kWidth>(x + i);
     if (residual != nullptr) {
       const Vec<T, kWidth> r = load<kWidth>(residual + i);
@@ -43,16 +47,29 @@ __global__ void __launch_bounds__(kThreads)
       store<kWidth>(residual + i, v);
     }
     for (int k = 0; k < kWidth; ++k) sum += to_float(v.lanes[k]) * to_float(v.lanes[k]);
-  }
-  const float scale = rsqrtf(block_sum(sum) / p.size + p.eps);
-  const T* source = residual != nullptr ? residual : x;
-  for (int i = threadIdx.x * kWidth; i < p.size; i += kThreads * kWidth) {
-    Vec<T, kWidth> v = load<kWidth>(source + i);
-    const Vec<T, kWidth> w = load<kWidth>(weight + i);
+    return v;
+  };
+  const auto write = [&](int i, Vec<T, kWidth> v, const Vec<T, kWidth>& w, float scale) {
     for (int k = 0; k < kWidth; ++k) {
       v.lanes[k] = from_float<T>(to_float(v.lanes[k]) * scale * (to_float(w.lanes[k]) + p.offset));
     }
     store<kWidth>(out + i, v);
+  };
+  const int first = threadIdx.x * kWidth;
+#pragma unroll
+  for (int n = 0; n < kKept; ++n) {
+    const int i = first + n * kStride;
+    if (i < p.size) weights[n] = load<kWidth>(weight + i), kept[n] = read(i);
+  }
+  for (int i = first + kKept * kStride; i < p.size; i += kStride) read(i);
+  const float scale = rsqrtf(block_sum(sum) / p.size + p.eps);
+#pragma unroll
+  for (int n = 0; n < kKept; ++n) {
+    const int i = first + n * kStride;
+    if (i < p.size) write(i, kept[n], weights[n], scale);
+  }
+  for (int i = first + kKept * kStride; i < p.size; i += kStride) {
+    write(i, load<kWidth>(source + i), load<kWidth>(weight + i), scale);
   }
 }
 

@@ -65,16 +65,16 @@ constexpr int kAttentionPartSums = kAttentionHeadDim + 2;
 struct DecodeAttentionParams {
   void* out;          // [num_rows, num_kv_heads * group, 128]
   const void* q;      // the same, rows q_stride apart
-  const void *k, *v;  // [num_pages, 16, num_kv_heads, 128], pages page_stride apart
-  int64_t q_stride, page_stride;
+  const void *k, *v;  // the step's own, [num_rows, num_kv_heads, 128], k_stride and v_stride apart
+  void *k_cache, *v_cache;  // [num_pages, 16, num_kv_heads, 128], pages page_stride apart
+  int64_t q_stride, k_stride, v_stride, page_stride;
   int32_t num_kv_heads, group;  // query heads of a key head
   float scale;
   const int32_t* pages;  // of all rows, one after another
   // [num_rows, 4]: where a row's pages begin and end in `pages`, its tokens, and
   // first share * 2^16 + number of shares.
   const int32_t* rows;
-  // [num_blocks, 4]: where a share begins and ends in `pages`, its first row, and how many of its
-  // first pages this step does not write.
+  // [num_blocks, 4]: where a share begins and ends in `pages`, its first row, unused.
   const int32_t* shares;
   // What blocks leave for the one that ends a row: [num_blocks, 2 * num_kv_heads * group *
   // kAttentionPartSums], and who is last: [num_blocks, num_kv_heads], zeros between launches.

@@ -26,7 +26,6 @@ constexpr int kThreads = kConsumers + 32;
 constexpr int kWarpgroupFeatures = kTileFeatures / kWarpgroups;
 constexpr int kRowBytes = kDepth * sizeof(BFloat16);  // of a tile: what the swizzle repeats at
 constexpr int kAtomBytes = 8 * kRowBytes;             // rows that are swizzled together
-constexpr uint64_t kReadOnce = 0x12F0000000000000;    // the L2 cache's policy "evict first"
 
 // Sums of a warpgroup: kTokens columns of its features, by chunks as wide as one wgmma.
 template <int kTokens>

@@ -6,12 +6,14 @@
 namespace loraplex::cuda {
 namespace {
 
-// Few items: their sums over the input are cut up, so that more blocks take part, each with a
-// column tile for every warp at least.
-__device__ int num_splits(int num_pairs, int num_tiles) {
+// Few items: their sums over the input are cut up, so that more blocks take part. Beside the
+// streamed base product reads take so long that a column tile for every warp is enough; without,
+// handing sums over takes longer than to read several.
+__device__ int num_splits(int num_tokens, int num_pairs, int num_tiles) {
+  const int tiles_each = num_tokens <= kMaxLinearTokens ? 1 : 5;
   int splits = 1;
   while (2 * splits * num_pairs <= static_cast<int>(gridDim.x) &&
-         2 * splits * kWarps <= num_tiles) {
+         2 * splits * kWarps * tiles_each <= num_tiles) {
     splits *= 2;
   }
   return splits;
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   allow_next_kernel();
   const int num_pairs = *p.num_items * p.group_size;  // of an item and a module
   const int num_tiles = (p.num_columns + kTileColumns - 1) / kTileColumns;
-  const int splits = num_splits(num_pairs, num_tiles);
+  const int splits = num_splits(p.num_tokens, num_pairs, num_tiles);
   for (int index = blockIdx.x; index < num_pairs * splits; index += gridDim.x) {
     const int pair = index / splits, split = index % splits, m = pair % p.group_size;
     const int4 item = __ldg(reinterpret_cast<const int4*>(p.items) + pair / p.group_size);

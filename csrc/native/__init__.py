@@ -146,10 +146,17 @@ if has_cuda():
     before and after. Calls that share them must follow one another.
     """
     cuda_decode_attention: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], None
-    ] = _library.cuda_decode_attention
-    """(out, q, k_cache, v_cache, pages, rows, shares, partials, counters, scale) in bfloat16, for
-    requests of one row each, with a head_dim of 128 and pages of 16 tokens; on Hopper GPUs only
+        [
+            Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+            float,
+        ],
+        None,
+    ] = _library.cuda_decode_attention  # fmt: skip
+    """(out, q, k, v, k_cache, v_cache, pages, rows, shares, partials, counters, scale) in bfloat16,
+    for requests of one row each, with a head_dim of 128 and pages of 16 tokens; on Hopper GPUs only
+
+    Writes k and v, the rows' own, to the last token of each row, too. It reads the caches without
+    waiting for the kernel that was launched last, which must not have written to them.
 
     pages, rows and shares, int32 [any number], [num_rows, 4] and [num_blocks, 4], are the plan, as
     loraplex.attention.streamed makes it. partials, float32 [num_blocks, 2 * num_heads * 130], is

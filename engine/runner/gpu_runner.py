@@ -342,14 +342,12 @@ class GpuModelRunner:
             sampled = sampler.sample(logits, sampling)
             chosen = torch.from_numpy(sampled.token_ids).to(self._device)
             logprobs = sampled.logprobs
-        elif sampling.adjustments is not None or sampling.temperature.any():
+        else:
             if sampling.adjustments is not None:
                 logits = adjust(logits, sampling.adjustments)
             chosen = torch.empty(len(logits), dtype=torch.int64, device=self._device)
             fields = [self._inputs.device[name][: len(logits)] for name in SAMPLING_FIELDS]
             native.sample(chosen, logits, *fields)
-        else:
-            chosen = logits.argmax(-1)
         slots = self._inputs.device["sampled_slots"][: len(chosen)]
         self._last_token.index_copy_(0, slots, chosen.int())
         token_ids = torch.empty(len(chosen), dtype=torch.int64, pin_memory=True)

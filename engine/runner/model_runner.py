@@ -45,8 +45,7 @@ class DeviceBatch:
         window: int | None = None,
     ) -> torch.Tensor:
         k_cache, v_cache = self.kv_caches[layer]
-        self.attention.write_kv(k, v, k_cache, v_cache)
-        return self.attention.run(q, k_cache, v_cache, window).flatten(1)
+        return self.attention.attend(q, k, v, k_cache, v_cache, window).flatten(1)
 
 
 class ModelRunner:

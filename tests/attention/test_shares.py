@@ -34,12 +34,7 @@ def test_shares_are_equal_and_rows_know_theirs(lengths: list[int], num_blocks: i
 
     row_of_page = np.repeat(np.arange(len(rows)), num_pages)
     share_of_page = np.repeat(np.arange(len(used)), sizes)
-    is_written = np.zeros(len(row_of_page), bool)
-    is_written[rows[:, 1] - 1] = True
-    for begin, end, first_row, num_old in used:
-        assert row_of_page[begin] == first_row
-        assert not is_written[begin : begin + num_old].any()
-        assert num_old == end - begin or is_written[begin + num_old]
+    assert (row_of_page[used[:, 0]] == used[:, 2]).all()
     for begin, end, _, packed in rows:
         own = np.unique(share_of_page[begin:end])
         assert (packed >> 16, packed & 0xFFFF) == (own[0], len(own))

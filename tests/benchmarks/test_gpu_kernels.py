@@ -107,7 +107,7 @@ def test_all_cases(bench, tmp_path, capsys):
     assert cases["lora layer: B4 A2 r8"]["microseconds"] == pytest.approx(4)
     decode = cases["attention: decode 4 x 32"]
     assert decode["gigabytes_per_second"] == pytest.approx(
-        2 * (4 * 32 * 2 * 2 * 16 + 2 * 4 * 64) / 1e3
+        2 * (4 * 32 * 2 * 2 * 16 + 2 * 4 * (64 + 2 * 2 * 16)) / 1e3
     )
     assert "lora qkv: B4 A2 r8" in capsys.readouterr().out
     pytest.importorskip("matplotlib")

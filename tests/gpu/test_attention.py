@@ -44,12 +44,11 @@ def check_twice(batch: Batch, backend: str) -> None:
     shared = get_backend(backend, batch.shape)
     for _ in range(2):
         planned = shared.plan(batch.metadata)
-        planned.write_kv(batch.k, batch.v, *caches)
-        for cache, want in zip(caches, expected, strict=True):
-            assert same_bytes(cache, want)
         for window in batch.shape.windows:
+            result = planned.attend(batch.q, batch.k, batch.v, *caches, window).double()
+            for cache, want in zip(caches, expected, strict=True):
+                assert same_bytes(cache, want)
             exact = batch.exact(window)
-            result = planned.run(batch.q, *caches, window).double()
             for begin, end in batch.bounds():
                 error = (result[begin:end] - exact[begin:end]).norm()
                 assert error <= RELATIVE_ERROR[batch.q.dtype] * exact[begin:end].norm()
@@ -114,7 +113,9 @@ def test_streamed(requests: Requests, heads: tuple[int, int]) -> None:
         device="cuda",
     )  # fmt: skip
     check_twice(batch, "streamed")
-    first, second = (batch.run("streamed") for _ in range(2))
+    planned = batch.plan("streamed")
+    rows = batch.q, batch.k, batch.v
+    first, second = (planned.attend(*rows, batch.k_cache, batch.v_cache) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -161,7 +162,10 @@ def check_graph(
     )
     num_tokens = len(batch.q)
     bucket = num_tokens + 5
-    q = torch.cat([batch.q, batch.q.new_full((5, *batch.q.shape[1:]), torch.nan)])
+    caches = batch.k_cache, batch.v_cache
+    batch.plan("reference").write_kv(batch.k, batch.v, *caches)
+    qkv = torch.cat([batch.qkv, torch.full_like(batch.qkv[:1], torch.nan).expand(5, -1, -1)])
+    q, k, v = qkv.split([32, 8, 8], dim=1)
     backend = get_backend(name, replace(batch.shape, max_num_requests=bucket, max_num_pages=8000))
     assert backend.supports_graphs
     idle = AttentionMetadata(
@@ -175,7 +179,7 @@ def check_graph(
     planned = backend.plan(idle)
 
     def run() -> list[torch.Tensor]:
-        return [planned.run(q, batch.k_cache, batch.v_cache, window) for window in windows]
+        return [planned.attend(q, k, v, *caches, window) for window in windows]
 
     run()
     torch.cuda.synchronize()
