@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import multiprocessing
 import shutil
+import subprocess
+import sys
 import tempfile
+from multiprocessing.connection import Pipe
 from typing import Any
 
 import msgspec
@@ -31,7 +33,7 @@ from loraplex.engine.core_process import (
     Outputs,
     Ready,
     Shutdown,
-    run_core,
+    run_engine_process,
 )
 from loraplex.engine.errors import RequestError
 from loraplex.engine.lora_request import LoRARequest
@@ -69,10 +71,7 @@ class CoreClient:
         self._decoder = msgspec.msgpack.Decoder(OutputMessage)
         self._call_ids = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
-        # An interpreter of its own: a fork would share the state of threads and of CUDA.
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=run_core, args=(self._arguments,), name="loraplex-engine", daemon=True
-        )
+        self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> ModelInfo:
         """Start the process and wait until its core is ready, however long the model loads.
@@ -82,8 +81,12 @@ class CoreClient:
         loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._silent: asyncio.Future[bytes] = loop.create_future()
-        self._process.start()
-        loop.add_reader(self._process.sentinel, self._on_end)
+        # It is there for as long as both processes are, which is what either sees of the other.
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = _start_process(theirs.fileno())
+        self._connection.send(self._arguments)
+        loop.add_reader(self._connection, self._on_end)
         message = await self._receive_message()
         if isinstance(message, CoreFailed):
             if message.is_user_error:
@@ -136,15 +139,15 @@ class CoreClient:
     async def shutdown(self, patience: float) -> None:
         """End the process and remove what it leaves; after `patience` seconds it is killed."""
         try:
-            if self._process.pid is not None:
-                await self._end_process(patience)
+            if self._process is not None:
+                await self._end_process(self._process, patience)
         finally:
             self._inputs.close(linger=0)
             self._outputs.close(linger=0)
             self._context.term()
             shutil.rmtree(self._socket_directory, ignore_errors=True)
 
-    async def _end_process(self, patience: float) -> None:
+    async def _end_process(self, process: subprocess.Popen[bytes], patience: float) -> None:
         try:
             if patience and not self._ended.is_set():
                 self._send(Shutdown())
@@ -152,11 +155,11 @@ class CoreClient:
         except (EngineDeadError, TimeoutError):
             logger.warning("The engine process did not end when asked to; killing it.")
         finally:
-            self._process.kill()
-            self._process.join()
-            asyncio.get_running_loop().remove_reader(self._process.sentinel)
+            process.kill()
+            process.wait()
+            asyncio.get_running_loop().remove_reader(self._connection)
             self._silent.cancel()
-            self._process.close()
+            self._connection.close()
 
     async def _drain_until_end(self) -> None:
         """A core that waits for its outputs to be taken would not see that it is to end."""
@@ -191,8 +194,9 @@ class CoreClient:
                 frame.cancel()
 
     def _describe_exit(self) -> str:
-        code = self._process.exitcode
-        return f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+        assert self._process is not None
+        code = self._process.wait()
+        return f"signal {-code}" if code < 0 else f"exit status {code}"
 
     def _finish_call(self, message: CallResult) -> None:
         result = self._calls.get(message.call_id)
@@ -207,10 +211,27 @@ class CoreClient:
 
     def _on_end(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self._process.sentinel)
+        loop.remove_reader(self._connection)
         self._ended.set()
         loop.call_later(LAST_WORDS_WAIT, self._on_silence)
 
     def _on_silence(self) -> None:
         if not self._silent.done():
             self._silent.set_result(b"")
+
+
+def _start_process(descriptor: int) -> subprocess.Popen[bytes]:
+    """The engine process, which is given a connection's descriptor.
+
+    An interpreter of its own: a fork would share the state of threads and of CUDA. Not by
+    multiprocessing, which would run the user's main module again, so that a script would have to
+    guard itself; and not by -m, which would give the messages' classes other names.
+    """
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        f"from {run_engine_process.__module__} import {run_engine_process.__name__}; "
+        f"{run_engine_process.__name__}({descriptor})"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], pass_fds=[descriptor], stdin=subprocess.DEVNULL
+    )

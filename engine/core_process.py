@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import multiprocessing
 import os
 import pkgutil
 import shutil
@@ -17,7 +16,7 @@ import threading
 import traceback
 from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -116,16 +115,19 @@ class CoreProcessArguments:
         return f"ipc://{self.socket_directory}/output"
 
 
-def run_core(arguments: CoreProcessArguments) -> None:
-    """The main function of the engine process: make the core, then serve it to the end.
+def run_engine_process(descriptor: int) -> None:
+    """All of the engine process: make the core, then serve it to the end.
 
+    descriptor: of a connection to the parent, which sends CoreProcessArguments and then nothing.
     The process ends with the parent's Shutdown message, the parent's death or the core's failure.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         # Both reach the whole group of processes, and the parent drains before it ends this one.
         signal.signal(number, signal.SIG_IGN)
+    parent = Connection(descriptor)
+    arguments: CoreProcessArguments = parent.recv()
     logging.basicConfig(level=arguments.log_level, format=LOG_FORMAT)
-    _die_with_parent(arguments.socket_directory)
+    _die_with_parent(parent, arguments.socket_directory)
     context = zmq.Context(io_threads=1)
     inputs = context.socket(zmq.PULL)
     inputs.connect(arguments.input_address)
@@ -164,13 +166,11 @@ def _make_core(arguments: CoreProcessArguments) -> EngineCore:
         raise SettingError(str(error)) from error
 
 
-def _die_with_parent(socket_directory: str) -> None:
+def _die_with_parent(parent: Connection, socket_directory: str) -> None:
     """End this process when the parent does, even from within a step or a load."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def watch() -> None:
-        wait([parent.sentinel])
+        wait([parent])
         shutil.rmtree(socket_directory, ignore_errors=True)
         os._exit(1)
 

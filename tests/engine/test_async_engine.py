@@ -48,7 +48,7 @@ def assert_nothing_left(directory: Path) -> None:
 def core_processes() -> list[psutil.Process]:
     # Not theirs: other tests' servers have engine processes as well.
     children = psutil.Process().children()
-    return [c for c in children if "spawn_main" in " ".join(c.cmdline())]
+    return [c for c in children if "run_engine_process" in " ".join(c.cmdline())]
 
 
 async def wait_until_idle(engine: AsyncEngine) -> dict:
@@ -253,8 +253,7 @@ async def main():
     print("started", flush=True)
     await asyncio.sleep(3600)
 
-if __name__ == "__main__":
-    asyncio.run(main())
+asyncio.run(main())
 """
 
 
@@ -278,3 +277,38 @@ async def test_the_core_ends_with_its_parent(tmp_path):
     while list(sockets.iterdir()) and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
     assert list(sockets.iterdir()) == []
+
+
+UNGUARDED = """
+import asyncio, sys
+sys.path.append(sys.argv[1])
+from fakes import ByteTokenizer
+from loraplex.engine.async_engine import AsyncEngine
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.sampling_params import SamplingParams
+
+async def main():
+    engine = AsyncEngine(EngineConfig(), "fake_core:make_core", ByteTokenizer())
+    await engine.start()
+    async for output in engine.generate("hello", SamplingParams(), stream=False):
+        print(output.outputs[0].text)
+    await engine.shutdown()
+
+print("once")
+asyncio.run(main())
+"""
+
+
+async def test_a_script_needs_no_guard(tmp_path):
+    """The engine process is no second run of it, and finds the modules that it finds."""
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    support = Path(__file__).parents[1] / "support"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(script), str(support)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    assert output.decode().split() == ["once", "hello"]
+    assert process.returncode == 0

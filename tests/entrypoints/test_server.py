@@ -309,7 +309,9 @@ def test_a_killed_engine_under_load(adapter_root):
         for thread in threads:
             thread.start()
         server.wait_for_metric(RUNNING, num_clients)
-        (engine,) = [p for p in server.descendants() if "spawn_main" in " ".join(p.cmdline())]
+        (engine,) = [
+            p for p in server.descendants() if "run_engine_process" in " ".join(p.cmdline())
+        ]
         killed = time.monotonic()
         engine.kill()
         for thread in threads:
