@@ -33,13 +33,14 @@ def read_model_config(path: Path) -> Any:
 
 
 def resolve_dtype(requested: str, config: Any) -> torch.dtype:
-    """The dtype to run in: what the user asked for, or the checkpoint's.
+    """The dtype to run in: what the user asked for, or the checkpoint's; float32 if that says
+    nothing, as some older ones.
 
     float16 checkpoints run in bfloat16, whose range holds theirs.
     """
     if requested != "auto":
         return DTYPES[requested]
-    dtype = config.dtype
+    dtype = config.dtype or torch.float32
     if dtype == torch.float16:
         return torch.bfloat16
     if dtype not in DTYPES.values():

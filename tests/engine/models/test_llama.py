@@ -196,6 +196,13 @@ def test_yarn_serves_more_positions_than_the_model_was_trained_for(one_shard):
         max_positions(bloom)
 
 
+def test_the_dtype_is_that_of_the_checkpoint_if_it_says_one():
+    dtypes = [
+        resolve_dtype("auto", LlamaConfig(dtype=dtype)) for dtype in (None, "float16", "bfloat16")
+    ]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
 def test_what_adapters_may_target(one_shard):
     spec = base_model_spec(read_model_config(one_shard))
     shapes = {m.path: (m.in_features, m.out_features) for m in spec.modules}
