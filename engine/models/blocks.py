@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from loraplex.engine.models import ops
-from loraplex.engine.models.layers import Linear, Module, Norm
+from loraplex.engine.models.layers import Linear, Module, Norm, RMSNorm
 from loraplex.engine.models.rope import Rope
 from loraplex.lora.spec import Section
 
@@ -108,12 +108,22 @@ class HeadNormSplit(HeadSplit):
         return self.q_norm(q), self.k_norm(k), v
 
 
-class WholeNormSplit(HeadNormSplit):
+class WholeNormSplit(HeadSplit):
     """Norms all heads of q as one row, and all of k."""
 
+    def __init__(self, heads: Heads, q_norm: RMSNorm, k_norm: RMSNorm) -> None:
+        super().__init__(heads)
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+
     def __call__(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = HeadSplit.__call__(self, qkv)
-        return self.q_norm(q.flatten(1)).view(q.shape), self.k_norm(k.flatten(1)).view(k.shape), v
+        q, k, v = super().__call__(qkv)
+        normed_q, normed_k = self.norm(q.flatten(1), k.flatten(1))
+        return normed_q.view(q.shape), normed_k.view(k.shape), v
+
+    def norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows: q [num_tokens, q_size], k [num_tokens, kv_size]."""
+        return self.q_norm(q), self.k_norm(k)
 
 
 class GroupedSplit(HeadSplit):

@@ -202,9 +202,13 @@ class RMSNorm(Module):
         self.name = name
         self.eps = eps
         self.weight = torch.empty(size, dtype=dtype)
+        self.sections = UNDIVIDED
 
     def named_weights(self) -> NamedPlaces:
         yield f"{self.name}.weight", self.weight
+
+    def sections_of(self, name: str) -> tuple[Section, ...]:
+        return self.sections
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [num_tokens, size] or [num_tokens, num_heads, size]; the result likewise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loraplex.engine.models.blocks import HeadSplit, Layer, PostNormLayer, WholeNormSplit
+from loraplex.engine.models.layers import RMSNorm
 from loraplex.engine.models.llama import LlamaForCausalLM
 
 
@@ -19,6 +20,9 @@ class Olmo2ForCausalLM(LlamaForCausalLM):
         )
 
     def make_split(self, prefix: str) -> HeadSplit:
-        q_norm = self.make_norm(f"{prefix}q_norm", self.heads.q_size)
-        k_norm = self.make_norm(f"{prefix}k_norm", self.heads.kv_size)
-        return WholeNormSplit(self.heads, q_norm, k_norm)
+        heads, eps = self.heads, self.config.rms_norm_eps
+        q_norm = RMSNorm(f"{prefix}q_norm", heads.q_size, eps, self.dtype)
+        k_norm = RMSNorm(f"{prefix}k_norm", heads.kv_size, eps, self.dtype)
+        for norm, section in zip((q_norm, k_norm), heads.sections, strict=False):
+            norm.sections = (section,)
+        return WholeNormSplit(heads, q_norm, k_norm)

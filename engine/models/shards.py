@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 
-from loraplex.engine.models.blocks import MLP, GroupedSplit, HeadNormSplit, HeadSplit
+from loraplex.engine.models.blocks import (
+    MLP,
+    GroupedSplit,
+    HeadNormSplit,
+    HeadSplit,
+    WholeNormSplit,
+)
 from loraplex.engine.models.config import head_dim, num_kv_heads
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.moe import SparseMLP
@@ -74,14 +80,14 @@ def check_shardable(outline: Any, count: int) -> None:
     """Raises ValueError for an architecture whose parts can't be divided by shape and sections
     alone."""
     is_plain = isinstance(outline, Decoder) and all(
-        type(layer.attention.split) in (HeadSplit, HeadNormSplit, GroupedSplit)
+        type(layer.attention.split) in (HeadSplit, HeadNormSplit, WholeNormSplit, GroupedSplit)
         and type(getattr(layer, "mlp", None)) in (MLP, SparseMLP)
         for layer in outline.layers
     )
     if count > 1 and not is_plain:
         raise ValueError(
             f"tensor_parallel_size={count} is not supported for {type(outline).__name__}: it must "
-            "be an architecture with a class of its own, and norm each head alone"
+            "be an architecture with a class of its own, and not have norms numbered by head"
         )
     is_grouped = is_plain and isinstance(outline.layers[0].attention.split, GroupedSplit)
     if is_grouped and 1 < outline.heads.num_kv_heads < count:

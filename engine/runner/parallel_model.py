@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from loraplex.engine.models.blocks import WholeNormSplit
 from loraplex.engine.models.decoder import Decoder
+from loraplex.engine.models.layers import RMSNorm
 from loraplex.engine.models.shards import Shard, summed_linears
 
 Tensor = torch.Tensor
@@ -96,6 +98,24 @@ class SummedTable:
         return self._group.add_up(x * is_here.unsqueeze(-1))
 
 
+class JoinedNormSplit(WholeNormSplit):
+    """Norms rows of heads of which each process has as many."""
+
+    def __init__(self, split: WholeNormSplit, group: Group) -> None:
+        super().__init__(split.heads, split.q_norm, split.k_norm)
+        self._group = group
+
+    def norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        squares = [x.float().square().mean(-1) for x in (q, k)]
+        of_q, of_k = self._group.add_up(torch.stack(squares)) / self._group.shard.count
+        return _norm(q, of_q, self.q_norm), _norm(k, of_k, self.k_norm)
+
+
+def _norm(x: Tensor, mean_square: Tensor, norm: RMSNorm) -> Tensor:
+    root = (mean_square + norm.eps).rsqrt()
+    return (x.float() * root.unsqueeze(-1) * norm.weight.float()).to(x.dtype)
+
+
 def join_model(model: Decoder, group: Group) -> None:
     """Have a share compute with the others. What adapters attach to is wrapped already: a sum is of
     their products, too. Their parts in embedding and head are the same in all processes, which
@@ -103,6 +123,8 @@ def join_model(model: Decoder, group: Group) -> None:
     for layer in model.layers:
         for owner, name in summed_linears(layer):
             setattr(owner, name, SummedLinear(getattr(owner, name), group))
+        if isinstance(layer.attention.split, WholeNormSplit):
+            layer.attention.split = JoinedNormSplit(layer.attention.split, group)
     setattr(model, "tokens", SummedTable(model.embedding, group))  # noqa: B010 (for its type)
     head: Any = model.lm_head
     head.base = JoinedHead(head.base, group)
