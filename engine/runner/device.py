@@ -82,9 +82,7 @@ class TorchDevice:
         max_model_len = _resolve_max_model_len(config, hf_config)
         self.model_info = ModelInfo(
             model_name=model_name(config.model, path),
-            tokenizer_path=str(
-                path if config.tokenizer is None else locate_tokenizer(config.tokenizer)
-            ),
+            tokenizer_path=str(locate_tokenizer(config.tokenizer) if config.tokenizer else path),
             max_model_len=max_model_len,
             vocab_size=whole_config.vocab_size,
             eos_token_ids=read_eos_token_ids(path),
@@ -95,25 +93,9 @@ class TorchDevice:
         kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, dtype)
         self.page_bytes = page_bytes(hf_config, config.block_size, kv_dtype)
         whole_spec, spec = _specs(whole_config, hf_config, device)
-        outline = outline_model(hf_config)
         backend = get_backend(
             config.attention_backend,
-            AttentionShape(
-                num_heads=outline.heads.num_heads,
-                num_kv_heads=outline.heads.num_kv_heads,
-                head_dim=outline.heads.head_dim,
-                scale=outline.scale,
-                logits_soft_cap=outline.logits_soft_cap,
-                windows=outline.windows,
-                block_size=config.block_size,
-                dtype=dtype,
-                kv_dtype=kv_dtype,
-                device=device,
-                max_num_requests=max(config.max_num_seqs, MAX_GRAPH_TOKENS),
-                max_num_pages=max(
-                    config.max_num_seqs * -(-max_model_len // config.block_size), MAX_GRAPH_TOKENS
-                ),
-            ),
+            _attention_shape(config, hf_config, max_model_len, dtype, kv_dtype, device),
         )
         model = build_model(config, path, hf_config, dtype, max_model_len, device, shard)
         head = model.lm_head if isinstance(model, Decoder) else None
@@ -259,6 +241,32 @@ def _specs(
         reason = "LoRA on experts is served on the CPU, not on GPUs"
         whole, share = whole.without_experts(reason), share.without_experts(reason)
     return whole, replace(share, embedding=whole.embedding, head=whole.head)
+
+
+def _attention_shape(
+    config: EngineConfig,
+    hf_config: Any,
+    max_model_len: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionShape:
+    outline = outline_model(hf_config)
+    max_pages_of_request = -(-max_model_len // config.block_size)
+    return AttentionShape(
+        num_heads=outline.heads.num_heads,
+        num_kv_heads=outline.heads.num_kv_heads,
+        head_dim=outline.heads.head_dim,
+        scale=outline.scale,
+        logits_soft_cap=outline.logits_soft_cap,
+        windows=outline.windows,
+        block_size=config.block_size,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        device=device,
+        max_num_requests=max(config.max_num_seqs, MAX_GRAPH_TOKENS),
+        max_num_pages=max(config.max_num_seqs * max_pages_of_request, MAX_GRAPH_TOKENS),
+    )
 
 
 def _resolve_max_model_len(config: EngineConfig, hf_config: Any) -> int:
