@@ -6,7 +6,6 @@ Knows text (through the input and output processors) and streams; HTTP is the se
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 import time
 import uuid
@@ -19,6 +18,7 @@ from loraplex.engine.beam_search import BeamSearch, BeamSearchParams
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_client import CoreClient, EngineDeadError
 from loraplex.engine.errors import RequestError
+from loraplex.engine.latest_output import LatestOutput
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.messages import EngineRequest, ModelInfo, Service
 from loraplex.engine.outputs import RequestOutput
@@ -67,7 +67,7 @@ class AsyncEngine:
         self.config = config
         self.tokenizer = tokenizer
         self._core_factory = core_factory
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, LatestOutput] = {}
         self._locating: dict[LoRARequest, asyncio.Future[dict[str, Any]]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._error: EngineDeadError | None = EngineDeadError("the engine is not started")
@@ -332,11 +332,11 @@ class AsyncEngine:
         requests: list[EngineRequest],
         stream: bool,
         tokenizer: Tokenizer | None,
-    ) -> _Stream:
+    ) -> LatestOutput:
         if request_id in self._streams:
             raise ValueError(f"request_id={request_id!r} is not allowed: it is in use")
         self._output_processor.add_request(prompt, requests, stream, tokenizer)
-        outputs = self._streams[request_id] = _Stream([r.request_id for r in requests])
+        outputs = self._streams[request_id] = LatestOutput([r.request_id for r in requests])
         return outputs
 
     def _close(self, request_id: str) -> None:
@@ -381,34 +381,3 @@ class AsyncEngine:
 def _late(timeout: float | None) -> RequestError:
     """What a request of so many seconds ends with."""
     return RequestError(f"the request was not finished within {timeout:g} seconds", status=504)
-
-
-class _Stream:
-    """The latest output of one request. It holds one, however slow the reader is."""
-
-    def __init__(self, engine_request_ids: list[str]) -> None:
-        self.engine_request_ids = engine_request_ids
-        self.is_finished = False
-        self._latest: RequestOutput | None = None
-        self._error: EngineDeadError | RequestError | None = None
-        self._changed = asyncio.Event()
-
-    def put(self, output: RequestOutput) -> None:
-        self._latest = output
-        self.is_finished = output.finished
-        self._changed.set()
-
-    def fail(self, error: EngineDeadError | RequestError) -> None:
-        self._error = error
-        self._changed.set()
-
-    async def get(self) -> RequestOutput:
-        """Wait for an output newer than the last one. Raises what it failed with."""
-        await self._changed.wait()
-        if self._latest is None:
-            assert self._error is not None
-            raise copy.copy(self._error)
-        output, self._latest = self._latest, None
-        if self._error is None:
-            self._changed.clear()
-        return output
