@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter as Counts
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -214,63 +215,54 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
-        self.engine_restarts = Counter(
-            "loraplex_engine_restarts", "Engines that died and were started again.",
-            registry=registry,
-        )  # fmt: skip
+        count = partial(Counter, registry=registry)
+        seconds = partial(Histogram, registry=registry, buckets=SECONDS)
+        tokens = partial(Histogram, registry=registry, buckets=LENGTHS)
+        self.engine_restarts = count(
+            "loraplex_engine_restarts", "Engines that died and were started again."
+        )
         self._core = CoreCollector()
         registry.register(self._core)
         self._requests = RequestCollector()
         registry.register(self._requests)
-        self._successes = Counter(
-            "loraplex_request_success", "Completions by finish reason.", ["finished_reason"],
-            registry=registry,
-        )  # fmt: skip
-        self._failures = Counter(
-            "loraplex_request_failure", "Requests that ended with an error.", ["status"],
-            registry=registry,
-        )  # fmt: skip
-        self._prompt_tokens = Counter(
-            "loraplex_prompt_tokens", "Prompt tokens of ended requests.", registry=registry
+        self._successes = count(
+            "loraplex_request_success", "Completions by finish reason.", ["finished_reason"]
         )
-        self._generation_tokens = Counter(
-            "loraplex_generation_tokens", "Tokens generated for ended requests.", registry=registry
+        self._failures = count(
+            "loraplex_request_failure", "Requests that ended with an error.", ["status"]
         )
-        self._first_token = Histogram(
-            "loraplex_time_to_first_token_seconds", "From arrival to the first token.",
-            buckets=SECONDS, registry=registry,
-        )  # fmt: skip
-        self._per_token = Histogram(
-            "loraplex_time_per_output_token_seconds", "Between tokens, mean of a request.",
-            buckets=SECONDS, registry=registry,
-        )  # fmt: skip
-        self._queue = Histogram(
-            "loraplex_request_queue_time_seconds", "From arrival to the first step.",
-            buckets=SECONDS, registry=registry,
-        )  # fmt: skip
-        self._phases = Histogram(
+        self._prompt_tokens = count("loraplex_prompt_tokens", "Prompt tokens of ended requests.")
+        self._generation_tokens = count(
+            "loraplex_generation_tokens", "Tokens generated for ended requests."
+        )
+        self._first_token = seconds(
+            "loraplex_time_to_first_token_seconds", "From arrival to the first token."
+        )
+        self._per_token = seconds(
+            "loraplex_time_per_output_token_seconds", "Between tokens, mean of a request."
+        )
+        self._queue = seconds(
+            "loraplex_request_queue_time_seconds", "From arrival to the first step."
+        )
+        self._phases = seconds(
             "loraplex_time_to_first_token_phase_seconds",
             "What a request waited for until its first token.",
-            ["phase"], buckets=SECONDS, registry=registry,
-        )  # fmt: skip
-        self._inference = Histogram(
-            "loraplex_request_inference_time_seconds", "From the first step to the last token.",
-            buckets=SECONDS, registry=registry,
-        )  # fmt: skip
-        self._prompt_lengths = Histogram(
-            "loraplex_request_prompt_tokens", "Prompt tokens of a request.",
-            buckets=LENGTHS, registry=registry,
-        )  # fmt: skip
-        self._output_lengths = Histogram(
-            "loraplex_request_generation_tokens", "Tokens generated for a request.",
-            buckets=LENGTHS, registry=registry,
-        )  # fmt: skip
+            ["phase"],
+        )
+        self._inference = seconds(
+            "loraplex_request_inference_time_seconds", "From the first step to the last token."
+        )
+        self._end_to_end = seconds(
+            "loraplex_e2e_request_latency_seconds", "From arrival to the last token."
+        )
+        self._prompt_lengths = tokens(
+            "loraplex_request_prompt_tokens", "Prompt tokens of a request."
+        )
+        self._output_lengths = tokens(
+            "loraplex_request_generation_tokens", "Tokens generated for a request."
+        )
         self._aliases = CollectorRegistry()
         self._aliases.register(AliasCollector(registry))
-        self._end_to_end = Histogram(
-            "loraplex_e2e_request_latency_seconds", "From arrival to the last token.",
-            buckets=SECONDS, registry=registry,
-        )  # fmt: skip
 
     def request_started(self, adapter: str) -> None:
         """A request for this adapter; "" is the base model."""
