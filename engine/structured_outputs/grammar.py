@@ -54,8 +54,8 @@ class Grammar:
         self, compiled: Future[Any], eos_token_ids: Sequence[int], vocab_size: int
     ) -> None:
         self.mask_words = -(-vocab_size // 32)
-        self._vocab_size = vocab_size
         """int32 words in a mask."""
+        self._vocab_size = vocab_size
         self._compiled = compiled
         self._eos_token_ids = list(eos_token_ids)
         self._matcher: Any = None
