@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,8 @@ import jinja2
 from loraplex.engine.errors import describe
 from loraplex.engine.text.generation_config import read_eos_token_ids
 
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""Models that also see images may have their chat template here, where tokenizers don't look."""
 # What templates fail with, by their own will or because messages are not as they expect. Templates
 # run in jinja's sandbox, where they reach nothing but what they are given.
 TEMPLATE_ERRORS = (
@@ -145,4 +148,7 @@ def load_tokenizer(path: str | Path) -> TransformersTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer can be read from {str(path)!r}: {error}") from error
+    template = Path(path) / PROCESSOR_TEMPLATE
+    if not tokenizer.chat_template and template.is_file():
+        tokenizer.chat_template = json.loads(template.read_text()).get("chat_template")
     return TransformersTokenizer(tokenizer, read_eos_token_ids(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,15 @@ def test_a_tiktoken_file_alone_is_enough(tokenizer_class, tmp_path):
     token_ids = tokenizer.encode(TEXT, add_special_tokens=False)
     assert token_ids[0] == ranks[b"Hello"]
     assert tokenizer.decode(token_ids) == TEXT
+
+
+def test_the_chat_template_may_be_that_of_a_processor(paths, tmp_path):
+    for directory, expected in zip(paths, ("<s></s><s>", "a"), strict=True):
+        copied = shutil.copytree(directory, tmp_path / directory.name)
+        (copied / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'a' }}"}))
+        tokenizer = load_tokenizer(copied)
+        token_ids = tokenizer.apply_chat_template([{"role": "user", "content": ""}])
+        assert tokenizer.decode(token_ids, skip_special_tokens=False) == expected
 
 
 def test_chat_template(tokenizer):
