@@ -227,8 +227,9 @@ def _start_process(descriptor: int) -> subprocess.Popen[bytes]:
     multiprocessing, which would run the user's main module again, so that a script would have to
     guard itself; and not by -m, which would give the messages' classes other names.
     """
+    paths = [path for path in sys.path if isinstance(path, str)]  # Python ignores all others.
     code = (
-        f"import sys; sys.path[:] = {sys.path!r}; "
+        f"import sys; sys.path[:] = {paths}; "
         f"from {run_engine_process.__module__} import {run_engine_process.__name__}; "
         f"{run_engine_process.__name__}({descriptor})"
     )

@@ -280,8 +280,8 @@ async def test_the_core_ends_with_its_parent(tmp_path):
 
 
 UNGUARDED = """
-import asyncio, sys
-sys.path.append(sys.argv[1])
+import asyncio, pathlib, sys
+sys.path += [pathlib.Path("ignored"), sys.argv[1]]
 from fakes import ByteTokenizer
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.config import EngineConfig
