@@ -76,12 +76,12 @@ class Adapter:
         """By which new requests get it, as the resolver knows."""
         self.num_requests = 0
         """Unfinished requests for it."""
+        self.num_users = 0
+        """Those of them that run."""
         self.num_holds = 0
         """Operations that want it to stay while they go on."""
         self.pinned_tier: Tier | None = None
         """Where it is never evicted from."""
-        self.num_users = 0
-        """Those of them that run."""
         self.num_uses = 0
         """Requests that used it so far."""
         self.copy: Future[None] | None = None

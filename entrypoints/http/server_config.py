@@ -81,8 +81,8 @@ class ServerConfig:
     allow_runtime_lora: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Let clients add and remove adapters that lie below these, while the server "
-            "runs: directories, s3://bucket/prefix, hub:owner, or hub for all of the hub.",
+            "help": "Let clients name adapters that lie below these in their requests, and add and "
+            "remove them: directories, s3://bucket/prefix, hub:owner, or hub for all of the hub.",
             "metavar": "PLACE",
         },
     )
