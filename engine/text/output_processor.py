@@ -224,6 +224,9 @@ class OutputProcessor:
                 times.first_scheduled_time,
                 times.first_token_time,
                 times.finished_time,
+                times.download_seconds,
+                times.host_load_seconds,
+                times.copy_seconds,
             ),
             output.error,
         )

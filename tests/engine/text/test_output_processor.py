@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from fakes import EOS, ByteTokenizer
 
 from loraplex.engine.errors import RequestError
 from loraplex.engine.lora_request import LoRARequest
-from loraplex.engine.messages import EngineOutput, FinishReason, ModelInfo, TokenLogprobs
+from loraplex.engine.messages import (
+    AdapterWait,
+    EngineOutput,
+    FinishReason,
+    ModelInfo,
+    TokenLogprobs,
+)
 from loraplex.engine.outputs import Logprob
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.text.input_processor import InputProcessor
@@ -234,6 +241,16 @@ def test_metrics_say_when_and_cached_tokens_how_many():
     assert before <= metrics.arrival_time <= metrics.first_token_time <= metrics.finished_time
     assert metrics.finished_time <= time.monotonic()
     assert output.num_cached_tokens == 2, "of the prompt, not of the first completion's copy of it"
+
+
+def test_a_stream_says_from_its_first_token_what_it_waited_for():
+    front = Front(ByteTokenizer())
+    front.add()
+    wait = AdapterWait(download=3.0, host_load=2.0, copy=1.0)
+    (first,) = front.step(give("a", first_scheduled_time=9.0, adapter_wait=wait)).request_outputs
+    (last,) = front.step(give("b", finish=FinishReason.LENGTH)).request_outputs
+    assert (first.metrics.download_seconds, first.metrics.copy_seconds) == (3.0, 1.0)
+    assert replace(last.metrics, finished_time=0.0) == first.metrics
 
 
 def test_aborted_requests_are_forgotten():
