@@ -6,39 +6,46 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Discriminator, Tag
+from pydantic import BeforeValidator, Discriminator, Tag
 
 from loraplex.entrypoints.http.serving import Serving
 from loraplex.entrypoints.http.streaming import json_response
-from loraplex.entrypoints.http.strict_model import StrictModel
 from loraplex.entrypoints.lorax import routes as lorax_routes
 from loraplex.entrypoints.lorax.requests import TokenizeRequest as LoraxTokenizeRequest
 from loraplex.entrypoints.openai.chat_plan import encode_conversation, tokenizer_of
 from loraplex.entrypoints.openai.chat_requests import Conversation
+from loraplex.entrypoints.openai.requests import ModelRequest
 
 router = APIRouter()
 
 
-class TokenizeText(StrictModel):
+def _base_if_null(value: Any) -> Any:
+    return "" if value is None else value
+
+
+class TokenizerRequest(ModelRequest):
+    """What the bodies have in common."""
+
+    model: Annotated[str, BeforeValidator(_base_if_null)] = ""
+
+
+class TokenizeText(TokenizerRequest):
     """A text to tokenise."""
 
-    model: str | None = None
     prompt: str
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
 
-class TokenizeChat(Conversation):
+class TokenizeChat(Conversation, TokenizerRequest):
     """A conversation to tokenise."""
 
-    model: str | None = None
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(StrictModel):
+class DetokenizeRequest(TokenizerRequest):
     """Body of POST /detokenize."""
 
-    model: str | None = None
     tokens: list[int]
 
 
@@ -62,7 +69,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     serving: Serving = request.app.state.serving
     if isinstance(body, LoraxTokenizeRequest):
         return await lorax_routes.tokenize(body, request)
-    lora_request = serving.models.resolve(body.model or "")
+    lora_request = body.find_adapter(serving.models)
     if isinstance(body, TokenizeText):
         tokenizer = await serving.tokenizer_of(lora_request)
         token_ids = await serving.encode(body.prompt, body.add_special_tokens, tokenizer)
@@ -86,7 +93,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of tokens, special ones among them."""
     serving: Serving = request.app.state.serving
-    lora_request = serving.models.resolve(body.model or "")
+    lora_request = body.find_adapter(serving.models)
     tokenizer = await serving.tokenizer_of(lora_request)
     vocab_size = serving.engine.model_info.vocab_size
     for token_id in body.tokens:

@@ -138,6 +138,9 @@ def test_openai_clients_name_an_adapter_by_its_source(served: Served, maker: Ada
     assert {request.authorization for request in requests} <= {None, ""}
     assert "acme/by-source" not in {model.id for model in served.openai.models.list()}
     assert served.complete("acme/closed", api_token=OWN) == expected
+    for token, status in ((OWN, 200), (FOREIGN, 424)):  # Of this route, errors are LoRAX's.
+        body = {"model": "acme/closed", "prompt": "w7", "api_token": token}
+        assert httpx.post(f"{served.url}/tokenize", json=body, timeout=60).status_code == status
     for options in ({}, {"api_token": FOREIGN}):
         with pytest.raises(openai.NotFoundError, match="acme/closed"):
             served.complete("acme/closed", **options)
