@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from loraplex.lora.adapter_form import AdapterForms
 from loraplex.lora.held_images import HeldImage, HeldImages
 from loraplex.lora.image import AdapterImage
 from loraplex.lora.loader import load_adapter
@@ -101,6 +102,7 @@ class HostAdapterStore:
         # Images that make room for others leave them their memory.
         self._image_memory = memory_for_images(2 * num_threads)
         self._file_memory = PageMemory(num_threads, max_excess=16)
+        self._forms = AdapterForms(spec)
         self._readers = ThreadPoolExecutor(num_threads, "adapter-reader")
         # Apart from the readers, so that what is ready never waits for what is not.
         self._copiers = ThreadPoolExecutor(1, "adapter-copier")
@@ -324,6 +326,7 @@ class HostAdapterStore:
                 self._dtype,
                 self._image_memory.allocate,
                 self._file_memory.allocate,
+                self._forms.read,
             )
         except AdapterError as error:
             outcome = error

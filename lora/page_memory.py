@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
+import numpy as np
 import torch
 
 # Of less, large pages are mostly zeroed in vain, and taken apart when a neighbour is given back.
@@ -112,6 +113,8 @@ def _address(region: mmap.mmap) -> int:
 
 
 def _pin(region: mmap.mmap) -> None:
+    # Touched by several threads at once, pages come faster than where the driver asks for them.
+    np.frombuffer(region, np.uint8)[:: mmap.PAGESIZE] = 0
     error = torch.cuda.cudart().cudaHostRegister(_address(region), len(region), 0)
     torch.cuda.check_error(int(error))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -81,26 +81,26 @@ def not_served(tensor_name: str) -> AdapterError:
     )
 
 
-def read_tensors(path: Path, allocate: Allocate = allocate_pages) -> Callable[[str], torch.Tensor]:
-    """The tensors, by name, of a file that safetensors has found valid (its format: a header's size
-    in 8 bytes, the header in JSON, the data).
+def read_tensors(
+    path: Path, entries: Mapping[str, Any], data_bytes: int, allocate: Allocate = allocate_pages
+) -> Callable[[str], torch.Tensor]:
+    """The tensors, by name, of a file in safetensors' format, which ends with their data.
 
     In one go: of a mapped file every page would be mapped, and threads wait for each other to.
     """
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-        num_bytes = max(entry["data_offsets"][1] for entry in header.values() if "shape" in entry)
-        data = allocate(max(num_bytes, 1))
-        if file.readinto(data.numpy().data) != num_bytes:
+        file.seek(-data_bytes, os.SEEK_END)
+        data = allocate(max(data_bytes, 1))
+        if file.readinto(data.numpy().data) != data_bytes:
             raise OSError("it ends before its tensors do")
+    memory = data.numpy()
 
     def tensor(name: str) -> torch.Tensor:
-        entry = header[name]
+        entry = entries[name]
         begin, end = entry["data_offsets"]
         dtype = SERVED_DTYPES[entry["dtype"]]
         count = (end - begin) // dtype.itemsize
-        flat = torch.frombuffer(data.numpy(), dtype=dtype, count=count, offset=begin)
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin)
         return flat.view(entry["shape"])
 
     return tensor

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from loraplex.benchmarks.synthetic_adapters import adapter_tensors, llama_spec, write_adapter
-from loraplex.lora import loader
+from loraplex.lora import adapter_form
 from loraplex.lora.image import AdapterWeights, unpack_image
 from loraplex.lora.loader import load_adapter
 from loraplex.lora.spec import AdapterError
@@ -221,13 +221,13 @@ def test_missing_directory(tmp_path):
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     path = write_adapter(tmp_path, SPEC)
-    original = loader.read_targeted_modules
+    original = adapter_form.read_targeted_modules
 
     def change_and_read(file, config):
         os.utime(path / "adapter_model.safetensors", ns=(1, 1))
         return original(file, config)
 
-    monkeypatch.setattr(loader, "read_targeted_modules", change_and_read)
+    monkeypatch.setattr(adapter_form, "read_targeted_modules", change_and_read)
     assert "changed while they were being read" in str(refusal(path))
 
 
