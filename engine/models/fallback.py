@@ -25,6 +25,7 @@ from loraplex.engine.models.fallback_layers import ServedLayer, ServedState
 Tensor = torch.Tensor
 
 SERVED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
+SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 RECORDING, SERVING = "loraplex_recording", "loraplex"
 # What else may be said to attention, as it changes nothing: the mask has the window, and nothing is
 # dropped.
@@ -188,6 +189,11 @@ def _check_config(hf_config: Any) -> None:
         raise _NotServedError("quantised weights need an implementation of its own")
     if hf_config.is_encoder_decoder:
         raise _NotServedError("it is an encoder and a decoder")
+    if other := set(getattr(hf_config, "layer_types", None) or ()) - SERVED_LAYER_TYPES:
+        raise _NotServedError(
+            f"it has layers of type {', '.join(map(repr, sorted(other)))}, and all must be of "
+            + " or ".join(map(repr, sorted(SERVED_LAYER_TYPES)))
+        )
     parameters = getattr(hf_config, "rope_parameters", None) or {}
     for rope in parameters.values() if "rope_type" not in parameters else (parameters,):
         rope_type = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
@@ -202,12 +208,15 @@ def _shorten(text: str) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def _inputs(token_ids: Tensor, positions: Tensor) -> dict[str, Any]:
+def _inputs(
+    token_ids: Tensor, positions: Tensor, mask_device: torch.device | None = None
+) -> dict[str, Any]:
+    """mask_device: None: that of the rest."""
     return {
         "input_ids": token_ids[None],
         "position_ids": positions[None],
         # Without one, transformers looks for several sequences in the positions.
-        "attention_mask": torch.ones_like(token_ids[None]),
+        "attention_mask": torch.ones_like(token_ids[None], device=mask_device),
         "use_cache": False,
     }
 
@@ -246,7 +255,8 @@ def _record(model: Any) -> list[_AttentionCall]:
     for module in model.modules():
         module.loraplex_record = record
     tokens = torch.zeros(4, dtype=torch.int64)
-    model.get_decoder()(**_inputs(tokens, tokens))
+    # The values of the mask may be looked at, even where no other tensor has any.
+    model.get_decoder()(**_inputs(tokens, tokens, mask_device=torch.device("cpu")))
     calls.sort(key=lambda call: call[0])
     if [index for index, _ in calls] != list(range(model.config.num_hidden_layers)):
         raise _NotServedError(

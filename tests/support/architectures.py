@@ -228,10 +228,11 @@ FALLBACK_CASES: dict[str, dict[str, Any]] = {
 
 # Further model types that transformers' implementations serve; they are tested by slow tests.
 OTHER_MODEL_TYPES = (
-    "apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere2_moe", "ctrl", "cwm", "ernie4_5",
-    "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm", "glm4_moe", "glm4_moe_lite", "gpt_bigcode",
-    "gptj", "granitemoe", "granitemoeshared", "hyperclovax", "jais2", "laguna", "mellum",
-    "minimax_m2", "nanochat", "persimmon", "phimoe", "qwen2_moe", "vaultgemma",
+    "afmoe", "apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere2_moe", "ctrl", "cwm",
+    "ernie4_5", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm", "glm4_moe", "glm4_moe_lite",
+    "gpt_bigcode", "gptj", "granitemoe", "granitemoeshared", "hyperclovax", "internlm3", "jais2",
+    "laguna", "mellum", "minimax_m2", "nanochat", "olmo", "persimmon", "phimoe", "qwen2_moe",
+    "vaultgemma",
 )  # fmt: skip
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architecture_check import check_model
 from architectures import (
     all_linears,
     architecture_of,
     other_config,
+    served_linears,
     tiny_config,
     write_random_model,
 )
@@ -33,11 +35,12 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mamba", **SIZES}, "MambaForCausalLM.*fails with our attention"),
+        ({"model_type": "mamba", **SIZES}, "MambaForCausalLM.*layers of type 'linear_attention'"),
         ({"model_type": "bloom", **SIZES}, "fails with our attention"),
         ({"model_type": "gpt_oss", **GROUPED}, "its attention has an option of its own, s_aux"),
         ({"model_type": "deepseek_v3", **LATENT}, "keys and values differ in shape"),
-        ({"model_type": "falcon_h1", **GROUPED}, "fails with our attention"),
+        ({"model_type": "falcon_h1", **GROUPED}, "layers of type 'hybrid', and all must be"),
+        ({"model_type": "lfm2", **GROUPED, "layer_types": ["conv"] * 2}, "layers of type 'conv'"),
         ({"model_type": "bert", **SIZES}, "mask is neither causal nor a sliding window"),
         ({"model_type": "t5"}, "an encoder and a decoder"),
         (
@@ -52,6 +55,17 @@ def test_what_can_not_be_served_is_refused(config, message):
     hf_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)]
     with pytest.raises(ValueError, match=message):
         fallback.outline_fallback(hf_config)
+
+
+def test_hybrids_without_state_are_served(tmp_path, one_thread):
+    """Granite 4's small models have attention in all layers."""
+    config = AutoConfig.for_model(
+        "granitemoehybrid", **{**GROUPED, "vocab_size": 131}, layer_types=["attention"] * 2,
+        position_embedding_type="rope", shared_intermediate_size=40, num_local_experts=0,
+        num_experts_per_tok=0, mamba_n_heads=4, mamba_d_head=16, max_position_embeddings=128,
+        residual_multiplier=0.5, pad_token_id=2, dtype="float32",
+    )  # fmt: skip
+    check_model(config, served_linears(config), tmp_path, "cpu")
 
 
 def test_other_heads_than_a_language_model_s_are_refused():
