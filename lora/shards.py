@@ -15,7 +15,7 @@ import torch
 
 from loraplex.lora.image import AdapterImage, AdapterWeights, pack_image
 from loraplex.lora.page_memory import Allocate, allocate_pages
-from loraplex.lora.spec import UNDIVIDED, BaseModelSpec, Section, parts_of_share
+from loraplex.lora.spec import ONE_SECTION, BaseModelSpec, Section, parts_of_share
 
 
 def sharded_spec(whole: BaseModelSpec, shard: BaseModelSpec, num_shards: int) -> BaseModelSpec:
@@ -48,7 +48,7 @@ def _shard(
     for place in weights.a:
         module, share = whole.modules[place[1]], shard.modules[place[1]]
         if share.in_features < module.in_features:
-            a[place] = _take_part(a[place], -1, UNDIVIDED, index, count)
+            a[place] = _take_part(a[place], -1, ONE_SECTION, index, count)
             if place in offsets and index > 0:
                 offsets[place] = torch.zeros_like(offsets[place])
         if share.out_features < module.out_features:

@@ -35,7 +35,7 @@ class Section(NamedTuple):
     """So many neighbouring shares have the same ones."""
 
 
-UNDIVIDED = (Section(1),)
+ONE_SECTION = (Section(1),)
 """Of a linear whose outputs are all of one kind."""
 
 
@@ -53,7 +53,7 @@ class LoRAModule:
     """More: it is as many linears, and each row goes to those of the experts that it is for."""
     layers: frozenset[int] | None = None
     """Those that have it; None: all."""
-    sections: tuple[Section, ...] = UNDIVIDED
+    sections: tuple[Section, ...] = ONE_SECTION
     """What its outputs consist of."""
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from loraplex.engine.models import ops
 from loraplex.engine.models.experts_weight import DenseExperts, ExpertsWeight
 from loraplex.engine.models.weights import DenseWeight, NamedPlaces, Weight
-from loraplex.lora.spec import UNDIVIDED, Section
+from loraplex.lora.spec import ONE_SECTION, Section
 
 Tensor = torch.Tensor
 ModuleKind = TypeVar("ModuleKind", bound="Module")
@@ -68,7 +68,7 @@ class Module:
     def sections_of(self, name: str) -> tuple[Section, ...]:
         """Of a unit: what is above each other in one of its checkpoint tensors, as q, k and v may
         be. A share of the model has its part of each."""
-        return UNDIVIDED
+        return ONE_SECTION
 
 
 class Linear(Module):
@@ -117,7 +117,7 @@ class Linear(Module):
                 yield f"{self.prefix}{name}.bias", part
 
     def sections_of(self, name: str) -> tuple[Section, ...]:
-        return self.sections.get(name.removeprefix(self.prefix).partition(".")[0], UNDIVIDED)
+        return self.sections.get(name.removeprefix(self.prefix).partition(".")[0], ONE_SECTION)
 
     def finish_loading(self) -> None:
         self.weight.pack()
@@ -202,7 +202,7 @@ class RMSNorm(Module):
         self.name = name
         self.eps = eps
         self.weight = torch.empty(size, dtype=dtype)
-        self.sections = UNDIVIDED
+        self.sections = ONE_SECTION
 
     def named_weights(self) -> NamedPlaces:
         yield f"{self.name}.weight", self.weight

@@ -44,7 +44,7 @@ from loraplex.engine.models.shards import WHOLE, Shard, drop_summed_biases
 from loraplex.engine.models.stablelm import StableLmForCausalLM
 from loraplex.engine.models.starcoder2 import Starcoder2ForCausalLM
 from loraplex.engine.models.weights import DenseWeight
-from loraplex.lora.spec import UNDIVIDED, BaseModelSpec, LoRAModule
+from loraplex.lora.spec import ONE_SECTION, BaseModelSpec, LoRAModule
 
 Model = Decoder | TransformersDecoder
 
@@ -182,7 +182,7 @@ def _modules(layer: HasLinears, prefix: str) -> list[LoRAModule]:
             linear.in_features,
             linear.out_features[name],
             num_experts,
-            sections=linear.sections.get(name, UNDIVIDED),
+            sections=linear.sections.get(name, ONE_SECTION),
         )
         for linear, num_experts in linears
         for name, path in linear.paths(prefix).items()

@@ -25,7 +25,7 @@ from loraplex.engine.models.blocks import (
 from loraplex.engine.models.config import head_dim, num_kv_heads
 from loraplex.engine.models.decoder import Decoder
 from loraplex.engine.models.moe import SparseMLP
-from loraplex.lora.spec import UNDIVIDED, Section, parts_of_share, whole_size
+from loraplex.lora.spec import ONE_SECTION, Section, parts_of_share, whole_size
 
 DIVIDED_FIELDS = (
     "num_attention_heads", "intermediate_size", "moe_intermediate_size", "n_inner",
@@ -102,7 +102,7 @@ def take_share(
     tensor: torch.Tensor,
     shape: torch.Size | None,
     shard: Shard,
-    sections: Sequence[Section] = UNDIVIDED,
+    sections: Sequence[Section] = ONE_SECTION,
 ) -> torch.Tensor:
     """What a place of this shape takes of a tensor that may be larger by a factor, in one
     dimension, and has sections there if it has more outputs."""
