@@ -27,7 +27,7 @@ class EightBitPart:
         self._code = code
         self._sizes = sizes
         self._scale = scale
-        self._block = block
+        self.block = block
         self._unused = unused
         self._like = like
 
@@ -44,10 +44,10 @@ class EightBitPart:
     def read(self) -> GroupedMatrix:
         out_features, in_features = self._sizes
         scales = self._scales
-        if self._block is None:
+        if self.block is None:
             scales = scales.reshape(-1, 1).expand(out_features, 1)
         else:
-            scales = scales.repeat_interleave(self._block[0], dim=0)[:out_features]
+            scales = scales.repeat_interleave(self.block[0], dim=0)[:out_features]
         values = self._values.view(torch.uint8)
         return GroupedMatrix(
             self._code,

@@ -13,10 +13,15 @@ from loraplex.engine.models.layers import ExpertLinears, Linear, Router
 from loraplex.engine.models.quantization.awq import Awq
 from loraplex.engine.models.quantization.bitsandbytes import BitsAndBytes, BitsAndBytesOnLoad
 from loraplex.engine.models.quantization.compressed_tensors import CompressedTensors
+from loraplex.engine.models.quantization.eight_bits import EightBitPart
 from loraplex.engine.models.quantization.fp8 import FbgemmFp8, Fp8, Fp8OnLoad
 from loraplex.engine.models.quantization.gguf import Gguf
 from loraplex.engine.models.quantization.gptq import Gptq
-from loraplex.engine.models.quantization.settings import unsupported, with_current_names
+from loraplex.engine.models.quantization.settings import (
+    check_divisible,
+    unsupported,
+    with_current_names,
+)
 from loraplex.engine.models.quantization.weight import DensePart, Method, Part, QuantisedWeight
 from loraplex.engine.models.weights import DenseWeight
 
@@ -67,7 +72,23 @@ def find_method(
             f"tensor_parallel_size={num_shards} is not supported for checkpoints that bitsandbytes "
             "wrote in 4 bits: have it quantise a plain one on load"
         )
-    return CHECKPOINT_METHODS[name](with_current_names(config, other_prefixes))
+    method = CHECKPOINT_METHODS[name](with_current_names(config, other_prefixes))
+    return method if num_shards == 1 else _InShares(method)
+
+
+class _InShares:
+    """A method of a checkpoint of which each process has a share, made of whole blocks."""
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+
+    def part(
+        self, module: str, out_features: int, in_features: int, like: torch.Tensor
+    ) -> Part | None:
+        part = self._method.part(module, out_features, in_features, like)
+        if isinstance(part, EightBitPart) and part.block is not None:
+            check_divisible(module, "outputs in each process", out_features, part.block[0])
+        return part
 
 
 def _on_load(requested: str) -> Method:

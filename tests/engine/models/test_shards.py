@@ -71,6 +71,10 @@ def test_what_can_not_be_divided_is_refused():
     tensors, _ = gptq(ORDERED)("up_proj", torch.randn(64, 128))
     with pytest.raises(ValueError, match="g_idx.*must have every group"):
         load(ORDERED, tensors, 64, 64, Shard(1, 2))
+    blocks = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    method = find_method(None, SimpleNamespace(quantization_config=blocks), num_shards=2)
+    with pytest.raises(ValueError, match="k_proj .* 96 outputs in each process.*no multiple of 64"):
+        method.part("k_proj", 96, 128, torch.empty(0))
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     with pytest.raises(ValueError, match="tensor_parallel_size=2 .*4 bits"):
         find_method(None, SimpleNamespace(quantization_config=config), num_shards=2)
