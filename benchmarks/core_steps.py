@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.core import EngineCore
+from loraplex.engine.core import DeviceBuilder, EngineCore, build_device
 from loraplex.engine.lora_request import LoRARequest
 from loraplex.engine.messages import EngineOutput, EngineRequest
 from loraplex.engine.sampling_params import SamplingParams
@@ -32,14 +32,14 @@ def require_seqs(engine_options: Mapping[str, Any], least: int) -> None:
 
 
 @contextmanager
-def started_core(config: EngineConfig) -> Iterator[EngineCore]:
+def started_core(config: EngineConfig, build: DeviceBuilder = build_device) -> Iterator[EngineCore]:
     """A core until this is left; prints how long it took to start.
 
     What is there by then is left out of later garbage collections, as in the engine's own process:
     else one in a step now and then goes through all modules, for a hundred milliseconds.
     """
     began = time.perf_counter()
-    core = EngineCore(config)
+    core = EngineCore(config, build)
     gc.collect()
     gc.freeze()
     print(f"start-up {time.perf_counter() - began:.1f} s", flush=True)
@@ -61,7 +61,7 @@ class Prompts:
 
 
 def make_request(
-    request_id: str, prompt_token_ids: list[int], max_tokens: int, adapter: Path | None = None
+    request_id: str, prompt_token_ids: list[int], max_tokens: int, adapter: Path | str | None = None
 ) -> EngineRequest:
     """Greedy, to this length; adapter: its directory."""
     return EngineRequest(

@@ -112,13 +112,15 @@ def plot_decode(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Pa
 
 
 def plot_eviction(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Path | None:
-    """Saturated throughput and loaded times to first token, a group of bars for each workload and
-    in it one for each kind of memory; rows as eviction.py writes them."""
+    """Saturated throughput and loaded times to first token, whichever there are: a group of bars
+    for each workload and in it one for each kind of memory; rows as eviction.py writes them."""
     panels = [
         ("saturated", "tokens_per_second", "tokens/s, saturated", "linear"),
         ("loaded", "ttft_mean_ms", "mean TTFT (ms), loaded", "log"),
         ("loaded", "ttft_p99_ms", "p99 TTFT (ms), loaded", "log"),
     ]
+    loads = {row["load"] for row in rows}
+    panels = [panel for panel in panels if panel[0] in loads]
     figure = _new_figure(5 * len(panels), 4)
     if figure is None:
         return None
@@ -126,7 +128,7 @@ def plot_eviction(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     memories = list(dict.fromkeys(row["memory"] for row in rows))
     width = 0.8 / len(memories)
     for axes, (load, key, label, scale) in zip(
-        figure.subplots(1, len(panels)), panels, strict=True
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
         for index, memory in enumerate(memories):
             of = {r["workload"]: r[key] for r in rows if (r["load"], r["memory"]) == (load, memory)}

@@ -72,6 +72,7 @@ class SimulatedDevice:
         self.busy_seconds = 0.0
         """What they took, waiting for copies included."""
         self.num_steps = 0
+        self._waited_at = -1.0, -1  # The time and the steps launched when `wait` was called last.
         self.adapter_store = SimulatedStore(self)
         self._rng = np.random.default_rng(0)
         self.model_info = ModelInfo(
@@ -96,6 +97,15 @@ class SimulatedDevice:
         self.num_steps += 1
         tokens = self._rng.integers(LLAMA_3_VOCAB_SIZE, size=len(batch.sampled))
         return SimulatedStep(self, end, tokens.tolist())
+
+    def wait(self, until: float) -> None:
+        """See loraplex.benchmarks.replay.Clock. The time goes by at once."""
+        state = self.now, self.num_steps
+        if state == self._waited_at:
+            copied_at = self.adapter_store.copied_at
+            self.now = min(until, copied_at if copied_at > self.now else until)
+        # What was launched, or taken in, since the last call gives something to do.
+        self._waited_at = state
 
     def close(self) -> None:
         pass

@@ -14,7 +14,7 @@ BENCHMARKS = {
     "server": "What HTTP costs: streams and cancelled requests without a model behind them.",
     "many": "Servers with more and more adapters: start-up, throughput and memory.",
     "faults": "What faults of adapters cost: the requests that meet them, and those beside.",
-    "eviction": "What to evict: policies and fixed splits, on a simulated H100.",
+    "eviction": "What to evict: policies and fixed splits, on a simulated H100 or this machine.",
     "loading": "Time and memory of loading a checkpoint, against reading its bytes.",
     "kernels": "The kernels against what this machine's memory and arithmetic allow.",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.benchmarks import eviction
-from loraplex.benchmarks.conversations import WORKLOADS, Conversation, Turn
+from loraplex.benchmarks.conversations import WORKLOADS, Conversation, Traffic, Turn, fit_in
 from loraplex.benchmarks.replay import Replay
 from loraplex.benchmarks.simulated_device import CostModel, SimulatedDevice
 from loraplex.benchmarks.split_pool import SplitPool
@@ -47,18 +47,70 @@ def test_the_table_the_file_and_the_picture(tmp_path: Path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--seeds", "0"], ["--duration", "0"], ["--splits", "100"], ["--pool-pages", "-1"]]
+    "flags",
+    [
+        ["--seeds", "0"],
+        ["--duration", "0"],
+        ["--splits", "100"],
+        ["--pool-pages", "-1"],
+        ["--rate-factor", "0"],
+    ],
 )
 def test_what_is_not_allowed_is_named(flags):
     with pytest.raises(ValueError, match=f"{flags[0]} {flags[1]}.*is not allowed"):
         eviction.main(flags)
 
 
+@pytest.mark.parametrize("option", ["pool_bytes=1GiB", "eviction_policy=lru"])
+def test_what_cases_set_is_no_option(option):
+    with pytest.raises(ValueError, match=f"{option.split('=')[0]} is not allowed"):
+        eviction.main(["--engine-option", option])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_real_engine_serves_all_cases_with_one_device(tmp_path: Path, capsys):
+    output = tmp_path / "out.json"
+    flags = ["--shape", "tiny", "--engine-option", "device=cpu", "--engine-option",
+             "max_num_seqs=16", "--workloads", "uniform", "--loads", "saturated",
+             "--splits", "20", "--seeds", "1", "--duration", "1", "--pool-pages", "1200",
+             "--output", str(output)]  # fmt: skip
+    assert eviction.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("start-up") == 1
+    figures = json.loads(output.read_text())["figures"]
+    assert "{0} of {0} adapters in host memory".format(figures["num_adapters"]) in printed
+    memories = ["cost_aware", "lru", "split 20"]
+    assert [row["memory"] for row in figures["rows"]] == memories
+    assert figures["num_adapters"] > 30
+    for row in figures["rows"]:
+        assert row["tokens_per_second"] > 0
+        assert 0 <= row["adapter_hit_rate"] <= 1
+        assert row["prefix_hit_rate"] == 0, "no two questions begin alike"
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_smaller_pool_has_fewer_adapters_and_shorter_pauses():
+    full, small = (WORKLOADS["chat"](Traffic(20.0, 20.0, 0, scale)) for scale in (1.0, 0.1))
+    assert 20 > max(c.adapter for c in small) > 0
+    assert max(c.adapter for c in full) > 100
+    longest = [max(t.pause for c in of for t in c.turns) for of in (full, small)]
+    assert 5 * longest[1] < longest[0]
+
+
+def test_turns_that_would_not_fit_are_left_out():
+    turns = [Turn([1] * 30, 20, 0.0), Turn([1] * 30, 20, 1.0)]
+    short, long = (Conversation(0.0, 0, [1] * size, turns) for size in (100, 180))
+    assert fit_in([short, long], 200) == [short]
+    assert [len(c.turns) for c in fit_in([short, long], 199)] == [1]
+    assert [len(c.turns) for c in fit_in([short, long], 230)] == [2, 1]
+
+
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_workloads_are_seeded_and_come_at_their_rate(name):
     make = WORKLOADS[name]
-    conversations = make(20.0, 20.0, 1)
-    assert conversations == make(20.0, 20.0, 1) != make(20.0, 20.0, 2)
+    conversations = make(Traffic(20.0, 20.0, 1))
+    assert conversations == make(Traffic(20.0, 20.0, 1)) != make(Traffic(20.0, 20.0, 2))
     assert 200 < len(conversations) < 800
     num_tokens = [
         len(c.opening) + sum(len(t.token_ids) + t.max_tokens for t in c.turns)
@@ -83,8 +135,18 @@ def test_a_turn_goes_on_from_the_answer_and_finds_it_cached():
     assert 0.006 < replay.ttfts[1] < 0.01, "no copy, and the weights are read once"
 
 
+def test_what_is_cut_off_leaves_nothing_under_way():
+    replay, core = replay_of(WORKLOADS["uniform"](Traffic(60.0, 8.0, 0)))
+    replay.run_until(2.0)
+    assert core.has_unfinished_requests()
+    replay.end()
+    assert not core.has_unfinished_requests()
+    assert core.stats()["pages_adapter"] == core.stats()["pages_kv"] == 0
+    core.check_integrity()
+
+
 def test_a_split_pool_keeps_each_side_to_its_share():
-    conversations = WORKLOADS["scan"](30.0, 8.0, 0)
+    conversations = WORKLOADS["scan"](Traffic(30.0, 8.0, 0))
     replay, core = replay_of(conversations, partial(SplitPool, adapter_share=0.1))
     most = int(0.1 * 1999)
     for end in range(1, 30):
