@@ -20,9 +20,7 @@ from attention_batch import (
 )
 
 from loraplex.attention.backend import get_backend
-from loraplex.attention.flashinfer import FlashInferAttention
 from loraplex.attention.metadata import AttentionMetadata, AttentionShape
-from loraplex.attention.streamed import StreamedAttention
 
 MIXED = [(1, 1), (1, 17), (9, 9), (1, 130), (5, 70), (33, 33), (1, 64), (300, 700)]
 DECODE = [(1, 1), (1, 16), (1, 17), (1, 500), (1, 1000)]
@@ -129,9 +127,10 @@ def test_streamed(requests: Requests, heads: tuple[int, int]) -> None:
 def test_what_is_not_streamed_is_refused(option: str, value: Any) -> None:
     dtype = torch.bfloat16
     shape = AttentionShape(32, 8, 128, 1.0, 16, dtype, dtype, torch.device("cuda"), 16, 1000)
-    assert isinstance(get_backend("auto", shape), StreamedAttention)
+    # By name: where there is no GPU, FlashInfer can't be imported.
+    assert type(get_backend("auto", shape)).__name__ == "StreamedAttention"
     other = replace(shape, **{option: value})
-    assert isinstance(get_backend("auto", other), FlashInferAttention)
+    assert type(get_backend("auto", other)).__name__ == "FlashInferAttention"
     with pytest.raises(ValueError, match="'streamed' is not allowed for this model"):
         get_backend("streamed", other)
 
