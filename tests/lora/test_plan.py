@@ -1,10 +1,17 @@
 """What the CUDA kernels are told to do: every row of a segment in one item, with its own pages."""
 
+import re
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex.lora import plan
 from loraplex.lora.plan import FINE_ITEM_ROWS, ITEM_ROWS, MAX_FINE_ROWS, max_items, plan_items
+
+KERNELS = Path(__file__).parents[2] / "csrc" / "cuda" / "kernels.h"
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 5)), min_size=1, max_size=20))
@@ -28,3 +35,12 @@ def test_items_cover_each_row_once_with_its_adapters_pages(
         own = pages[first_page : first_page + num_pages[segment]]
         assert header_page == own[0]
         assert own.tolist() == tables[segment, : num_pages[segment]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "constant"),
+    [("kItemRows", "ITEM_ROWS"), ("kMaxFineRows", "MAX_FINE_ROWS"), ("kMaxRank", "MAX_RANK")],
+)
+def test_the_kernels_are_made_for_such_items(name: str, constant: str) -> None:
+    [value] = re.findall(rf"constexpr int {name} = (\d+);", KERNELS.read_text())
+    assert int(value) == getattr(plan, constant)
