@@ -57,7 +57,6 @@ class StreamedAttention:
     decodes_apart = True
 
     def __init__(self, shape: AttentionShape) -> None:
-        self._others = FlashInferAttention(shape)
         if not is_streamed(shape):
             raise ValueError(
                 "attention_backend='streamed' is not allowed for this model, KV cache or GPU: it "
@@ -66,6 +65,7 @@ class StreamedAttention:
                 f"{MAX_STREAMED_GROUP} query heads each, and neither windows nor soft caps; "
                 "'flashinfer' serves the others"
             )
+        self._others = FlashInferAttention(shape)
         self._shape = shape
         num_blocks = torch.cuda.get_device_properties(shape.device).multi_processor_count
         self._scratch = native.CudaScratch.on(
