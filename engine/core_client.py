@@ -10,15 +10,14 @@ import itertools
 import logging
 import shutil
 import subprocess
-import sys
 import tempfile
-from multiprocessing.connection import Pipe
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
+from loraplex.engine.child_process import start_child
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.core_process import (
     MOST_STEPS_BEHIND,
@@ -81,10 +80,7 @@ class CoreClient:
         loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._silent: asyncio.Future[bytes] = loop.create_future()
-        # It is there for as long as both processes are, which is what either sees of the other.
-        self._connection, theirs = Pipe()
-        with theirs:
-            self._process = _start_process(theirs.fileno())
+        self._process, self._connection = start_child(run_engine_process)
         self._connection.send(self._arguments)
         loop.add_reader(self._connection, self._on_end)
         message = await self._receive_message()
@@ -218,21 +214,3 @@ class CoreClient:
     def _on_silence(self) -> None:
         if not self._silent.done():
             self._silent.set_result(b"")
-
-
-def _start_process(descriptor: int) -> subprocess.Popen[bytes]:
-    """The engine process, which is given a connection's descriptor.
-
-    An interpreter of its own: a fork would share the state of threads and of CUDA. Not by
-    multiprocessing, which would run the user's main module again, so that a script would have to
-    guard itself; and not by -m, which would give the messages' classes other names.
-    """
-    paths = [path for path in sys.path if isinstance(path, str)]  # Python ignores all others.
-    code = (
-        f"import sys; sys.path[:] = {paths}; "
-        f"from {run_engine_process.__module__} import {run_engine_process.__name__}; "
-        f"{run_engine_process.__name__}({descriptor})"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code], pass_fds=[descriptor], stdin=subprocess.DEVNULL
-    )

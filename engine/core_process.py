@@ -11,7 +11,6 @@ import logging
 import os
 import pkgutil
 import shutil
-import signal
 import threading
 import traceback
 from concurrent.futures import Future
@@ -115,16 +114,12 @@ class CoreProcessArguments:
         return f"ipc://{self.socket_directory}/output"
 
 
-def run_engine_process(descriptor: int) -> None:
-    """All of the engine process: make the core, then serve it to the end.
+def run_engine_process(parent: Connection) -> None:
+    """The main function of the engine process: make the core, then serve it to the end.
 
-    descriptor: of a connection to the parent, which sends CoreProcessArguments and then nothing.
+    parent: it sends CoreProcessArguments and then nothing.
     The process ends with the parent's Shutdown message, the parent's death or the core's failure.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Both reach the whole group of processes, and the parent drains before it ends this one.
-        signal.signal(number, signal.SIG_IGN)
-    parent = Connection(descriptor)
     arguments: CoreProcessArguments = parent.recv()
     logging.basicConfig(level=arguments.log_level, format=LOG_FORMAT)
     _die_with_parent(parent, arguments.socket_directory)

@@ -6,18 +6,15 @@ an adapter is told to the workers, in order, and done here as well.
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -26,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loraplex.engine.child_process import start_child
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.models.config import read_model_config
 from loraplex.engine.models.locate import locate_model
@@ -75,19 +73,9 @@ class Workers:
         self._sending, self._asking = Lock(), Lock()
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        # Not by multiprocessing, which would run the user's main module again; and not by -m, which
-        # would give the messages' classes other names.
-        command = [sys.executable, "-c", f"from {__name__} import run_worker; run_worker()"]
         threads = str(max(1, torch.get_num_threads() // count))
         for index in range(1, count):
-            ours, theirs = Pipe()
-            process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": threads},
-            )
-            theirs.close()
+            process, ours = start_child(serve, OMP_NUM_THREADS=threads)
             ours.send(Start(config, Shard(index, count), directory))
             self._processes.append(process)
             self._connections.append(ours)
@@ -225,16 +213,8 @@ class ParallelDevice:
         self._directory.cleanup()
 
 
-def run_worker() -> None:
-    """The process: do what comes, until nobody speaks any more."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Both reach the whole group of processes, and the first may have work left for this one.
-        signal.signal(number, signal.SIG_IGN)
-    serve(Connection(int(sys.argv[1])))
-
-
 def serve(connection: Connection) -> None:
-    """Be the worker at the other end."""
+    """Be the worker at the other end: do what comes, until nobody speaks any more."""
     start = connection.recv()
     try:
         device = TorchDevice(start.config, lambda: None, start.shard, start.directory)
